@@ -1,0 +1,686 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// forwardedHeaders are the request headers that the service, or its support, makes use of. What is
+// not in this list or in forwardedPrefixes stays here: credentials, cookies, Origin and Referer,
+// the addresses of the client's network, and headers that change what a front end routes to.
+var forwardedHeaders = map[string]bool{
+	"Accept":              true,
+	"Accept-Encoding":     true,
+	"Accept-Language":     true,
+	"Content-Type":        true,
+	"Content-Encoding":    true,
+	"Range":               true,
+	"If-Range":            true,
+	"User-Agent":          true,
+	"Idempotency-Key":     true,
+	"X-Client-Request-Id": true,
+	"X-Request-Id":        true,
+	"Traceparent":         true,
+	"Tracestate":          true,
+
+	// codex: without Originator and Version some models resolve to nonexistent fallbacks.
+	"Originator":      true,
+	"Version":         true,
+	"Session_id":      true,
+	"Session-Id":      true,
+	"Conversation_id": true,
+	"Conversation-Id": true,
+	"Thread_id":       true,
+	"Thread-Id":       true,
+
+	"X-Responsesapi-Include-Timing-Metrics": true,
+	"X-Oai-Attestation":                     true,
+
+	// Azure's own that have no common prefix.
+	"Extra-Parameters":         true, // model inference API: what to do with unknown fields
+	"Aoai-Evals":               true,
+	"X-Policy-Id":              true,
+	"Azureml-Model-Deployment": true,
+}
+
+// forwardedPrefixes are families of request headers that go upstream.
+var forwardedPrefixes = []string{"Openai-", "X-Openai-", "X-Stainless-", "X-Codex-", "Anthropic-", "X-Ms-"}
+
+// keptPrefixes are the exceptions from forwardedPrefixes: App Service's sign-in puts the user's own
+// tokens into them, the rest is the front ends' about the client's network and URL.
+var keptPrefixes = []string{"X-Ms-Token-", "X-Ms-Client-Principal", "X-Ms-Privatelink-",
+	"X-Ms-Containerapp-", "X-Ms-Original-Url"}
+
+// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1).
+var webSocketHeaders = map[string]bool{
+	"Sec-Websocket-Key":        true,
+	"Sec-Websocket-Version":    true,
+	"Sec-Websocket-Protocol":   true,
+	"Sec-Websocket-Extensions": true,
+}
+
+// hopByHop headers are about one connection and are not passed on (RFC 9110 §7.6.1).
+var hopByHop = map[string]bool{
+	"Connection":          true,
+	"Proxy-Connection":    true,
+	"Keep-Alive":          true,
+	"Te":                  true,
+	"Trailer":             true,
+	"Transfer-Encoding":   true,
+	"Upgrade":             true,
+	"Proxy-Authenticate":  true,
+	"Proxy-Authorization": true,
+}
+
+// credentialParams are the query parameters that carry a key.
+var credentialParams = map[string]bool{
+	"api-key":          true,
+	"x-api-key":        true,
+	"authorization":    true, // older openai-node, for browsers' WebSockets
+	"subscription-key": true, // API Management
+}
+
+// keyProtocol precedes the key among the subprotocols that openai-node offers on a WebSocket.
+const keyProtocol = "openai-insecure-api-key."
+
+// smallBody is the longest request body, in bytes, that is read before it is sent: it then goes out
+// in one write with the head, and can be sent again over a new connection if an idle one turns out
+// to be dead. Longer ones, and those of unknown length, are streamed.
+const smallBody = 256 << 10
+
+// forwarder sends requests to the upstream with a token in the place of the client's credentials.
+type forwarder struct {
+	target    *url.URL // "https://my-aoai.openai.azure.com/openai/"
+	key       string   // what clients must present; empty for nothing
+	keyHash   [sha256.Size]byte
+	tokens    *tokenSource
+	transport *http.Transport
+	active    atomic.Int64   // requests and tunnels under way
+	tunnels   sync.WaitGroup // tunnels under way
+}
+
+func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
+	return &forwarder{
+		target:  cfg.target,
+		key:     cfg.key,
+		keyHash: sha256.Sum256([]byte(cfg.key)),
+		tokens:  tokens,
+		transport: &http.Transport{
+			Proxy:               http.ProxyFromEnvironment,
+			DialContext:         (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			TLSHandshakeTimeout: 10 * time.Second,
+			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			// HTTP/1.1 only: a stream per connection, none of which can stop the others.
+			TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{},
+			MaxIdleConns:           0, // no limit but the next
+			MaxIdleConnsPerHost:    1024,
+			IdleConnTimeout:        60 * time.Second, // Azure's load balancers forget after 4 minutes
+			ResponseHeaderTimeout:  0,                // a model may think for hours
+			ExpectContinueTimeout:  0,
+			DisableCompression:     true, // or it would ask for gzip and unpack it
+			MaxResponseHeaderBytes: 1 << 20,
+			WriteBufferSize:        16 << 10,
+		},
+	}
+}
+
+// waitForTunnels waits until there are no tunnels, or for ctx.
+func (f *forwarder) waitForTunnels(ctx context.Context) {
+	done := make(chan struct{})
+	go func() {
+		f.tunnels.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+// ServeHTTP takes one request to the upstream and its answer back.
+func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.active.Add(1)
+	defer f.active.Add(-1)
+	start := time.Now()
+	log.Printf("%s %s from %s", r.Method, f.redact(r.RequestURI), r.RemoteAddr)
+
+	// Check the caller.
+	upgrade := isWebSocket(r)
+	if refusal := f.check(r, upgrade); refusal != nil {
+		f.refuse(w, r, refusal)
+		return
+	}
+
+	// Build the upstream request.
+	req, err := f.upstreamRequest(r, upgrade)
+	if err != nil {
+		log.Printf("%s left before its request was complete: %v", r.RemoteAddr, err)
+		panic(http.ErrAbortHandler)
+	}
+
+	// Get the token.
+	t, err := f.tokens.token(r.Context())
+	if err != nil {
+		f.refuse(w, r, noToken(err))
+		return
+	}
+	req.Header["Authorization"] = []string{t.authorization}
+
+	// Send it. Full duplex lets an answer pass while the upload still runs; without it the server
+	// would take the body away from the transport then, and cut the answer (golang/go#40747).
+	http.NewResponseController(w).EnableFullDuplex()
+	interim := &interimAnswers{w: w, muted: !r.ProtoAtLeast(1, 1)}
+	resp, err := f.transport.RoundTrip(req.WithContext(interim.trace(r.Context())))
+	interim.stop()
+	if err == nil && resp.StatusCode < 200 && !(upgrade && isSwitch(resp)) {
+		resp.Body.Close()
+		err = fmt.Errorf("unasked status %s", printable(resp.Status))
+	}
+	if err != nil {
+		f.logProblem(req, nil, start, unreachable(f.target.Host, err).Message)
+		if r.Context().Err() == nil {
+			unreachable(f.target.Host, err).write(w, r)
+		}
+		return
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusUnauthorized {
+		f.tokens.rejected(t)
+	}
+
+	// Copy the answer.
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		f.tunnel(w, r, resp)
+		return
+	}
+	copyHeader(w.Header(), resp)
+	w.WriteHeader(resp.StatusCode)
+	err = copyBody(w, resp)
+	if err != nil {
+		f.logProblem(req, resp, start, err.Error())
+		abort(w, r)
+	}
+	if resp.StatusCode >= 400 {
+		f.logProblem(req, resp, start, "upstream answered "+printable(resp.Status))
+	}
+}
+
+// check decides whether the request may go upstream, and says why not.
+func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
+	switch {
+	case r.Method == http.MethodConnect, r.Method == http.MethodTrace: // TRACE would echo the token
+		return &apiError{status: http.StatusMethodNotAllowed, Code: "method_not_allowed",
+			Message: r.Method + " is not forwarded"}
+	case !strings.HasPrefix(r.RequestURI, "/"):
+		return &apiError{status: http.StatusBadRequest, Code: "invalid_path",
+			Message: "this is no HTTP proxy for other hosts: the request target must be a path"}
+	case !f.authorized(r, upgrade):
+		return &apiError{status: http.StatusUnauthorized, Code: "invalid_api_key",
+			Message: "wrong or missing key: send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer"}
+	case hasDotSegment(rawPath(r)):
+		return &apiError{status: http.StatusBadRequest, Code: "invalid_path",
+			Message: "the path must not contain . or .. segments"}
+	}
+	return nil
+}
+
+// authorized compares the keys that the request presents with the expected one, by their hashes so
+// that neither content nor length shows in the time it takes.
+func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
+	if f.key == "" {
+		return true
+	}
+	keys := append(r.Header.Values("Api-Key"), r.Header.Values("X-Api-Key")...)
+	for _, value := range r.Header.Values("Authorization") {
+		if scheme, key, _ := strings.Cut(value, " "); strings.EqualFold(scheme, "Bearer") {
+			keys = append(keys, strings.TrimSpace(key))
+		}
+	}
+	if upgrade { // a browser's WebSocket cannot set headers
+		query, _ := url.ParseQuery(r.URL.RawQuery)
+		keys = append(keys, query["api-key"]...)
+		for _, protocol := range tokens(r.Header.Values("Sec-Websocket-Protocol")) {
+			if key, ok := strings.CutPrefix(protocol, keyProtocol); ok {
+				keys = append(keys, key)
+			}
+		}
+	}
+	for _, key := range keys {
+		hash := sha256.Sum256([]byte(key))
+		if subtle.ConstantTimeCompare(hash[:], f.keyHash[:]) == 1 {
+			return true
+		}
+	}
+	return false
+}
+
+// hasDotSegment tells whether a path, decoded as often as front ends may, has a . or .. segment.
+// With such a path and our token a client would get at every other API of the resource.
+func hasDotSegment(path string) bool {
+	for range 3 {
+		path = escapedSpecials.Replace(path)
+	}
+	for _, segment := range strings.Split(path, "/") {
+		name, _, _ := strings.Cut(segment, ";") // what follows is a parameter to some servers
+		if name == "." || name == ".." {
+			return true
+		}
+	}
+	return false
+}
+
+// escapedSpecials decodes what makes a dot segment; Windows servers take \ for /.
+var escapedSpecials = strings.NewReplacer("%2e", ".", "%2E", ".", "%2f", "/", "%2F", "/",
+	"%5c", "/", "%5C", "/", "\\", "/", "%3b", ";", "%3B", ";", "%25", "%")
+
+// rawPath is the path as the client sent it; r.URL.Path has lost the escapes.
+func rawPath(r *http.Request) string {
+	path, _, _ := strings.Cut(r.RequestURI, "?")
+	return path
+}
+
+// upstreamRequest is r as the upstream gets it, but for the token. Nothing of r's head is copied
+// but what the lists above name, so nothing in it can pass for the head of a second request.
+func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Request, error) {
+	req := &http.Request{
+		Method: r.Method,
+		URL: &url.URL{
+			Scheme:     f.target.Scheme,
+			Host:       f.target.Host,
+			Opaque:     upstreamPath(f.target.EscapedPath(), rawPath(r)), // goes out as it is
+			RawQuery:   editCredentials(r.URL.RawQuery, ""),
+			ForceQuery: r.URL.ForceQuery,
+		},
+		Header:        upstreamHeader(r.Header, upgrade),
+		ContentLength: r.ContentLength,
+	}
+	switch {
+	case r.ContentLength == 0:
+	case r.ContentLength > 0 && r.ContentLength <= smallBody:
+		body := make([]byte, r.ContentLength)
+		if _, err := io.ReadFull(r.Body, body); err != nil {
+			return nil, err
+		}
+		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+		req.Body, _ = req.GetBody()
+	default:
+		req.Body = io.NopCloser(r.Body) // the server closes it
+	}
+	return req, nil
+}
+
+// upstreamPath puts base, TARGET_URL's path, before path, less what they share: many clients add
+// /openai themselves.
+func upstreamPath(base, path string) string {
+	for i := range base {
+		if shared := base[i:]; shared[0] == '/' && strings.HasPrefix(path+"/", shared) {
+			path = path[min(len(shared), len(path)):]
+			break
+		}
+	}
+	return base + path
+}
+
+// upstreamHeader is the client's header less what stays here.
+func upstreamHeader(in http.Header, upgrade bool) http.Header {
+	out := make(http.Header, len(in)+1)
+	for name, values := range in {
+		if isForwarded(name) || upgrade && webSocketHeaders[name] {
+			out[name] = values
+		}
+	}
+	for _, name := range tokens(in["Connection"]) {
+		out.Del(name)
+	}
+	if out["User-Agent"] == nil {
+		out["User-Agent"] = []string{""} // or the transport would add its own
+	}
+	if upgrade {
+		out["Connection"] = []string{"Upgrade"}
+		out["Upgrade"] = []string{"websocket"}
+		protocols := slices.DeleteFunc(tokens(in["Sec-Websocket-Protocol"]), func(p string) bool {
+			return strings.HasPrefix(strings.ToLower(p), keyProtocol)
+		})
+		out["Sec-Websocket-Protocol"] = []string{strings.Join(protocols, ", ")}
+		if len(protocols) == 0 {
+			delete(out, "Sec-Websocket-Protocol")
+		}
+	}
+	return out
+}
+
+func isForwarded(name string) bool {
+	if forwardedHeaders[name] {
+		return true
+	}
+	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
+	return slices.ContainsFunc(forwardedPrefixes, hasPrefix) && !slices.ContainsFunc(keptPrefixes, hasPrefix)
+}
+
+// isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
+// among them, are not forwarded: what follows them could not be checked.
+func isWebSocket(r *http.Request) bool {
+	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) &&
+		strings.EqualFold(r.Header.Get("Upgrade"), "websocket") &&
+		slices.ContainsFunc(tokens(r.Header["Connection"]), func(t string) bool {
+			return strings.EqualFold(t, "upgrade")
+		})
+}
+
+func isSwitch(resp *http.Response) bool {
+	return resp.StatusCode == http.StatusSwitchingProtocols &&
+		strings.EqualFold(resp.Header.Get("Upgrade"), "websocket")
+}
+
+// tokens splits the comma-separated lists that a header holds.
+func tokens(values []string) []string {
+	var list []string
+	for _, value := range values {
+		for _, token := range strings.Split(value, ",") {
+			list = append(list, strings.TrimSpace(token))
+		}
+	}
+	return list
+}
+
+// editCredentials gives each credential in a query the value with, or takes it out if that is
+// empty; all else stays byte for byte. Names count decoded and in any case, as the upstream may
+// read them so; some servers split at ; too.
+func editCredentials(query, with string) string {
+	var out strings.Builder
+	changed := false
+	for rest := query; rest != ""; {
+		end := strings.IndexAny(rest[1:], "&;") + 1 // a separator goes with what follows it
+		if end == 0 {
+			end = len(rest)
+		}
+		pair := rest[:end]
+		rest = rest[end:]
+		name, _, _ := strings.Cut(strings.TrimLeft(pair, "&;"), "=")
+		decoded, err := url.QueryUnescape(name)
+		if err != nil {
+			decoded = name
+		}
+		switch {
+		case !credentialParams[strings.ToLower(decoded)]:
+			out.WriteString(pair)
+			continue
+		case with != "":
+			out.WriteString(pair[:strings.Index(pair, name)+len(name)] + "=" + with)
+		}
+		changed = true
+	}
+	if !changed {
+		return query
+	}
+	return strings.TrimLeft(out.String(), "&;")
+}
+
+// copyHeader sets the answer's header, less what is about the upstream's connection.
+func copyHeader(h http.Header, resp *http.Response) {
+	for name, values := range resp.Header {
+		if !hopByHop[name] {
+			h[name] = values
+		}
+	}
+	for _, name := range tokens(resp.Header["Connection"]) {
+		if !strings.EqualFold(name, "Content-Length") { // framing is not theirs to take away
+			h.Del(name)
+		}
+	}
+	if h["Content-Type"] == nil {
+		h["Content-Type"] = nil // or the server would guess one
+	}
+	if strings.HasPrefix(h.Get("Content-Type"), "text/event-stream") && h["X-Accel-Buffering"] == nil {
+		h.Set("X-Accel-Buffering", "no") // or an nginx in front would hold events back
+	}
+	for name := range resp.Trailer {
+		h.Add("Trailer", name)
+	}
+}
+
+// copyBuffers has the buffers that answers are copied through.
+var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+
+// copyBody passes the answer's body on, each read at once and the head before the first one.
+func copyBody(w http.ResponseWriter, resp *http.Response) error {
+	buf := copyBuffers.Get().(*[32 << 10]byte)
+	defer copyBuffers.Put(buf)
+	out := http.NewResponseController(w)
+	if err := out.Flush(); err != nil {
+		return fmt.Errorf("client left: %w", err)
+	}
+	for {
+		n, readErr := resp.Body.Read(buf[:])
+		if n > 0 {
+			_, err := w.Write(buf[:n])
+			if err == nil && readErr == nil {
+				err = out.Flush()
+			}
+			if err != nil {
+				return fmt.Errorf("client left: %w", err)
+			}
+		}
+		if readErr == io.EOF {
+			break
+		}
+		if readErr != nil {
+			return fmt.Errorf("upstream broke off its answer: %w", readErr)
+		}
+	}
+	for name, values := range resp.Trailer {
+		w.Header()[http.TrailerPrefix+name] = values
+	}
+	return nil
+}
+
+// abort breaks the client's connection, so that it doesn't take a part for the whole. To a client of
+// HTTP/1.0, without a length, only a reset says so.
+func abort(w http.ResponseWriter, r *http.Request) {
+	if !r.ProtoAtLeast(1, 1) {
+		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				tcp.SetLinger(0)
+			}
+			conn.Close()
+		}
+	}
+	panic(http.ErrAbortHandler)
+}
+
+// tunnel copies bytes both ways between the client and the upstream, after its 101, until either
+// closes or the drain ends.
+func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
+	f.tunnels.Add(1)
+	defer f.tunnels.Done()
+	upstream := resp.Body.(io.ReadWriteCloser) // as http.Response documents for a 101
+	client, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		log.Printf("upgrading the connection of %s: %v", r.RemoteAddr, err)
+		return
+	}
+	closeBoth := func() {
+		client.Close()
+		upstream.Close()
+	}
+	defer closeBoth()
+	defer context.AfterFunc(r.Context(), closeBoth)()
+
+	head := http.Header{}
+	copyHeader(head, resp)
+	head.Del("Content-Type")
+	head.Set("Connection", "Upgrade")
+	head.Set("Upgrade", "websocket")
+	fmt.Fprintf(buffered, "HTTP/1.1 101 Switching Protocols\r\n")
+	head.Write(buffered)
+	fmt.Fprintf(buffered, "\r\n")
+	if buffered.Flush() != nil {
+		return
+	}
+
+	done := make(chan struct{}, 2)
+	pipe := func(dst io.Writer, src io.Reader) {
+		io.Copy(dst, src)
+		done <- struct{}{}
+	}
+	go pipe(upstream, buffered.Reader) // which may hold the first bytes already
+	go pipe(client, upstream)
+	<-done
+}
+
+// interimAnswers passes 1xx answers on, but for 100, which is between two neighbours (RFC 9110
+// §15.2). The transport may call it from another goroutine.
+type interimAnswers struct {
+	w       http.ResponseWriter
+	mu      sync.Mutex // keeps pass from running beside ServeHTTP
+	stopped bool
+	muted   bool
+}
+
+func (i *interimAnswers) trace(ctx context.Context) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: i.pass})
+}
+
+func (i *interimAnswers) pass(code int, header textproto.MIMEHeader) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.muted || code == http.StatusContinue || code == http.StatusSwitchingProtocols {
+		return nil
+	}
+	copyHeader(i.w.Header(), &http.Response{Header: http.Header(header)})
+	i.w.WriteHeader(code)
+	clear(i.w.Header())
+	return nil
+}
+
+func (i *interimAnswers) stop() {
+	i.mu.Lock()
+	i.muted = true
+	i.mu.Unlock()
+}
+
+// apiError is an answer of the proxy's own, in the form of OpenAI's.
+type apiError struct {
+	status     int
+	retryAfter time.Duration
+
+	Message string  `json:"message"`
+	Type    string  `json:"type"`
+	Param   *string `json:"param"`
+	Code    string  `json:"code"`
+}
+
+func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
+	e.Type = "invalid_request_error"
+	if e.status >= 500 {
+		e.Type = "server_error"
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	if e.status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
+	}
+	if e.retryAfter > 0 {
+		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
+	}
+	if r.ContentLength != 0 {
+		h.Set("Connection", "close") // or the server would wait for the rest of the body
+	}
+	w.WriteHeader(e.status)
+	json.NewEncoder(w).Encode(map[string]*apiError{"error": e})
+}
+
+// refuse answers with e and logs it.
+func (f *forwarder) refuse(w http.ResponseWriter, r *http.Request, e *apiError) {
+	log.Printf("answered %d to %s: %s", e.status, r.RemoteAddr, e.Message)
+	e.write(w, r)
+}
+
+// noToken is the answer when there is no token, with the identity endpoint's own words.
+func noToken(err error) *apiError {
+	e := &apiError{status: http.StatusServiceUnavailable, Code: "no_token", Message: "no token: " + err.Error()}
+	var unavailable *tokenError
+	if errors.As(err, &unavailable) {
+		e.retryAfter = unavailable.retryAfter
+	}
+	return e
+}
+
+// unreachable is the answer when the upstream gave none.
+func unreachable(host string, err error) *apiError {
+	return &apiError{status: http.StatusBadGateway, Code: "upstream_unreachable",
+		Message: "no answer from " + host + ": " + failure(err)}
+}
+
+// failure says in which step a call to the upstream failed, and how.
+func failure(err error) string {
+	var dns *net.DNSError
+	var certificate *tls.CertificateVerificationError
+	var op *net.OpError
+	step := "connection broke: "
+	switch {
+	case errors.As(err, &dns):
+		step = "DNS lookup failed: "
+	case errors.As(err, &certificate):
+		step = "certificate not trusted: "
+	case errors.As(err, &op) && op.Op == "dial":
+		step = "connection failed: "
+	}
+	return printable(step + err.Error())
+}
+
+// logProblem writes the second line of a request, for what went wrong. resp may be nil.
+func (f *forwarder) logProblem(req *http.Request, resp *http.Response, start time.Time, what string) {
+	u := req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
+	took := time.Since(start).Round(time.Millisecond)
+	id := ""
+	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
+		id = ", apim-request-id " + printable(resp.Header.Get("Apim-Request-Id"))
+	}
+	log.Printf("%s: %s %s after %v%s", what, req.Method, f.redact(u), took, id)
+}
+
+// redact is a URL for the log: without credentials, and with every byte that could forge a line or
+// hide in it escaped.
+func (f *forwarder) redact(uri string) string {
+	path, query, found := strings.Cut(uri, "?")
+	if found {
+		path += "?" + editCredentials(query, "REDACTED")
+	}
+	if f.key != "" {
+		path = strings.ReplaceAll(path, f.key, "REDACTED")
+		path = strings.ReplaceAll(path, url.QueryEscape(f.key), "REDACTED")
+		if decoded, err := url.PathUnescape(path); err == nil && strings.Contains(decoded, f.key) {
+			path = "REDACTED"
+		}
+	}
+	var out strings.Builder
+	for _, c := range []byte(path) {
+		if c > ' ' && c <= '~' {
+			out.WriteByte(c)
+		} else {
+			fmt.Fprintf(&out, "%%%02X", c)
+		}
+	}
+	return out.String()
+}

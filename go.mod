@@ -1,0 +1,3 @@
+module aoai-proxy
+
+go 1.22

@@ -1,0 +1,719 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math"
+	"math/rand"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// How long a fetch may take and its failure is remembered. The pauses between tries are 0.8, 1.6,
+// 3.2 and 6.4 s, each ±20 %: Microsoft's advice ("How to use managed identities for Azure resources
+// on an Azure VM to acquire an access token"), cut to what a waiting client bears.
+const (
+	tryTime       = 10 * time.Second // one request to the identity endpoint, its answer read
+	fetchTime     = 22 * time.Second // one fetch, with all its tries and pauses
+	firstPause    = 800 * time.Millisecond
+	coldMemory    = time.Second      // after a failure without a valid token
+	warmMemory    = 10 * time.Second // after a failure while a token is still valid
+	maxRetryAfter = 2 * time.Minute  // longest Retry-After that is believed
+	rejectPause   = 30 * time.Second // between two refreshes that an upstream 401 asks for
+	maxAnswer     = 256 << 10        // bytes; real answers have about 2,000
+)
+
+// token is an access token and its life.
+type token struct {
+	authorization string    // "Bearer eyJ0eXAi…", as the header wants it
+	clientID      string    // whose it is, if the endpoint says so
+	expires       time.Time // from then on it is not sent
+	refresh       time.Time // from then on it is due to be replaced
+}
+
+// validAt asks both clocks in a time.Time: the monotonic one stops while a machine sleeps, the
+// wall clock can be set back.
+func (t token) validAt(now time.Time) bool {
+	return now.Before(t.expires) && now.Round(0).Before(t.expires.Round(0))
+}
+
+// tokenError is why there is no token.
+type tokenError struct {
+	text       string
+	transient  bool          // the same request may fare better in a moment
+	retryAfter time.Duration // when to ask again; 0 if that is not known
+}
+
+func (e *tokenError) Error() string { return e.text }
+
+// tokenSource holds one token and replaces it before it expires.
+//
+// While the token is valid nobody waits: the fetch that replaces it runs beside the requests, on
+// a context of its own. Without a valid token everybody waits for the one fetch under way.
+type tokenSource struct {
+	fetch func(context.Context) (token, *tokenError)
+	now   func() time.Time
+
+	mu         sync.Mutex // protects the fields below
+	held       token
+	flight     chan struct{} // closed when the fetch under way ends; nil if there is none
+	failure    *tokenError   // of the last fetch; nil after a success
+	quietUntil time.Time     // after a failure: no fetch starts before then
+	rejectedAt time.Time     // when an upstream 401 last asked for a refresh
+}
+
+// token returns a valid token, at once if one is held. Its error is a *tokenError, or ctx's.
+func (s *tokenSource) token(ctx context.Context) (token, error) {
+	s.mu.Lock()
+	now := s.now()
+	if held := s.held; held.validAt(now) {
+		s.refreshIfDue(now)
+		s.mu.Unlock()
+		return held, nil
+	}
+	flight := s.startFetch(now)
+	s.mu.Unlock()
+
+	if flight != nil {
+		select {
+		case <-flight:
+		case <-ctx.Done():
+			return token{}, ctx.Err()
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now = s.now()
+	if s.held.validAt(now) {
+		return s.held, nil
+	}
+	text := "the token expired as soon as it came"
+	if s.failure != nil {
+		text = s.failure.text
+	}
+	return token{}, &tokenError{text: text, retryAfter: s.quietUntil.Sub(now)}
+}
+
+// startFetch returns the fetch under way, having started it if need be, or nil if a recent
+// failure forbids one. The caller holds s.mu.
+func (s *tokenSource) startFetch(now time.Time) chan struct{} {
+	if s.flight == nil && !now.Before(s.quietUntil) {
+		s.flight = make(chan struct{})
+		go s.renew(s.flight)
+	}
+	return s.flight
+}
+
+// refreshIfDue replaces the held token if its time has come. The caller holds s.mu.
+func (s *tokenSource) refreshIfDue(now time.Time) {
+	if s.held.validAt(now) && !now.Before(s.held.refresh) {
+		s.startFetch(now)
+	}
+}
+
+// renew does one fetch and keeps its outcome. As long as a token is valid it sees to the next
+// fetch too, so that a client that comes back after hours need not wait.
+func (s *tokenSource) renew(flight chan struct{}) {
+	ctx, cancel := context.WithTimeout(context.Background(), fetchTime)
+	defer cancel()
+	t, failure := s.fetch(ctx)
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer close(flight)
+	s.flight, s.failure = nil, failure
+	now := s.now()
+	if failure == nil {
+		s.held, s.quietUntil = t, time.Time{}
+	} else {
+		log.Printf("no new token: %s", failure.text)
+		memory := coldMemory
+		if s.held.validAt(now) {
+			memory = warmMemory
+		}
+		s.quietUntil = now.Add(max(memory, min(failure.retryAfter, maxRetryAfter)))
+	}
+	if s.held.validAt(now) {
+		due := max(s.held.refresh.Sub(now), s.quietUntil.Sub(now), time.Second)
+		time.AfterFunc(due, func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.refreshIfDue(s.now())
+		})
+	}
+}
+
+// rejected says that the upstream answered 401 to t. The token stays in use, as a missing role is
+// a 401 too, but a new one is fetched.
+func (s *tokenSource) rejected(t token) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	if t.authorization == s.held.authorization && now.Sub(s.rejectedAt) >= rejectPause {
+		s.rejectedAt, s.held.refresh = now, now
+		s.refreshIfDue(now)
+	}
+}
+
+// source is one place that tokens come from, with one identity.
+type source struct {
+	name     string   // "IMDS"; the fields down to request are those of a row of sources
+	needs    []string // variables whose being set marks it
+	file     string   // a file whose existence marks it
+	endpoint string   // variable that holds the endpoint's URL, or the start of it
+	fallback string   // that URL where the variable is empty
+	path     string   // what follows it
+	secret   string   // variable that proves to the endpoint who asks
+	header   string   // header that the secret goes into
+	version  string   // api-version of a GET
+	idParam  string   // parameter that names a user-assigned identity
+	request  func(*source, context.Context) (*http.Request, *tokenError)
+
+	getenv       func(string) string
+	url          *url.URL // "http://169.254.169.254/metadata/identity/oauth2/token"
+	clientID     string   // of the user-assigned identity; empty for the system-assigned one
+	clientIDFrom string   // "AZURE_CLIENT_ID"
+	resource     string   // "https://cognitiveservices.azure.com": the scope less its /.default
+	keyDir       string   // where Azure Arc's agent puts the keys of its challenges
+	client       *http.Client
+	now          func() time.Time
+	sleep        func(context.Context, time.Duration)
+}
+
+const imdsPath = "/metadata/identity/oauth2/token"
+
+// sources are the places that tokens come from, in the order in which the Azure SDKs look for them.
+// The first one that is marked is taken.
+var sources = []source{
+	{name: "workload identity", // of AKS
+		needs:    []string{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"},
+		endpoint: "AZURE_AUTHORITY_HOST", fallback: "https://login.microsoftonline.com",
+		idParam: "client_id", request: (*source).workloadIdentity},
+	{name: "Service Fabric", // refused by newSource
+		needs: []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER", "IDENTITY_SERVER_THUMBPRINT"}},
+	{name: "App Service", // and Functions, Container Apps, Automation
+		needs:    []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER"},
+		endpoint: "IDENTITY_ENDPOINT", secret: "IDENTITY_HEADER", header: "X-IDENTITY-HEADER",
+		version: "2019-08-01", idParam: "client_id", request: (*source).get},
+	{name: "Azure ML", // which has App Service's protocol of 2017
+		needs:    []string{"MSI_ENDPOINT", "MSI_SECRET"},
+		endpoint: "MSI_ENDPOINT", secret: "MSI_SECRET", header: "Secret",
+		version: "2017-09-01", idParam: "clientid", request: (*source).get},
+	{name: "Cloud Shell",
+		needs:    []string{"MSI_ENDPOINT"},
+		endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
+	{name: "Azure Arc",
+		needs:    []string{"IDENTITY_ENDPOINT", "IMDS_ENDPOINT"},
+		endpoint: "IDENTITY_ENDPOINT", version: "2020-06-01", idParam: "client_id", request: (*source).arc},
+	{name: "Azure Arc", // to a service, which doesn't get the variables
+		file:     arcFile("ProgramFiles", "himds.exe", "/opt/azcmagent/bin/himds"),
+		fallback: "http://127.0.0.1:40342", path: imdsPath,
+		version: "2020-06-01", idParam: "client_id", request: (*source).arc},
+	{name: "IMDS", // of a Container Instance, which sets these two without an IDENTITY_ENDPOINT
+		needs:    []string{"IDENTITY_HEADER", "IDENTITY_SERVER_THUMBPRINT"},
+		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254", path: imdsPath,
+		version: "2018-02-01", idParam: "client_id", request: (*source).get},
+	{name: "IMDS",
+		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254", path: imdsPath,
+		version: "2018-02-01", idParam: "client_id", request: (*source).get},
+}
+
+// halves are variables that make no sense alone, with what must be set beside each.
+var halves = []struct{ name, other string }{
+	{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID and AZURE_CLIENT_ID (workload identity)"},
+	{"IDENTITY_ENDPOINT", "IDENTITY_HEADER (App Service) or IMDS_ENDPOINT (Azure Arc)"},
+	{"IDENTITY_HEADER", "IDENTITY_ENDPOINT (App Service)"},
+	{"IMDS_ENDPOINT", "IDENTITY_ENDPOINT (Azure Arc)"},
+	{"MSI_SECRET", "MSI_ENDPOINT (Azure ML)"},
+}
+
+// newSource picks the source for the environment. Its error names the variables that are wrong.
+func newSource(getenv func(string) string, scope string) (*source, error) {
+	var picked *source
+	explained := make(map[string]bool)
+	for _, s := range sources {
+		unset := func(name string) bool { return getenv(name) == "" }
+		if slices.ContainsFunc(s.needs, unset) || s.file != "" && !exists(s.file) {
+			continue
+		}
+		for _, name := range s.needs {
+			explained[name] = true
+		}
+		if picked == nil {
+			picked = &s
+		}
+	}
+	for _, h := range halves {
+		if getenv(h.name) != "" && !explained[h.name] {
+			return nil, fmt.Errorf("%s is set without %s: set both, or neither", h.name, h.other)
+		}
+	}
+	s := picked
+	s.getenv, s.now, s.sleep, s.client = getenv, time.Now, sleep, identityClient()
+	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
+	s.resource = strings.TrimSuffix(scope, "/.default")
+	s.keyDir = arcFile("ProgramData", "Tokens", "/var/opt/azcmagent/tokens")
+	switch s.name {
+	case "Service Fabric":
+		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported, as " +
+			"its endpoint is known by a certificate's SHA-1 only; run the proxy on a host with IMDS")
+	case "Cloud Shell":
+		if s.clientID != "" {
+			return nil, errors.New("AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no " +
+				"user-assigned identities: unset it")
+		}
+	case "Azure ML":
+		if s.clientID == "" {
+			s.clientID, s.clientIDFrom = getenv("DEFAULT_IDENTITY_CLIENT_ID"), "DEFAULT_IDENTITY_CLIENT_ID"
+		}
+	case "workload identity":
+		s.path = "/" + url.PathEscape(getenv("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
+		s.client.Transport.(*http.Transport).Proxy = http.ProxyFromEnvironment // Entra ID is outside
+	}
+	base := getenv(s.endpoint)
+	if base == "" {
+		base = s.fallback
+	}
+	if s.path != "" {
+		base = strings.TrimRight(base, "/")
+	}
+	u, err := url.Parse(base + s.path)
+	if err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s", s.endpoint, "http://169.254.169.254")
+	}
+	if s.name == "workload identity" && u.Scheme != "https" && !isLoopback(u.Hostname()) {
+		return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
+	}
+	s.url = u
+	return s, nil
+}
+
+// why says what marks the source.
+func (s *source) why() string {
+	switch {
+	case s.file != "":
+		return s.file + " exists"
+	case s.needs != nil:
+		return strings.Join(s.needs, " and ") + " are set"
+	}
+	return "no variable of another source is set"
+}
+
+func exists(file string) bool {
+	_, err := os.Stat(file)
+	return err == nil
+}
+
+// arcFile is where Azure Arc's agent keeps a file.
+func arcFile(windowsFolder, windowsName, unix string) string {
+	if runtime.GOOS == "windows" {
+		return filepath.Join(os.Getenv(windowsFolder), "AzureConnectedMachineAgent", windowsName)
+	}
+	return unix
+}
+
+// identityClient speaks to identity endpoints: straight, whatever proxy the environment names, and
+// never on to where an endpoint redirects, as the request carries a secret.
+func identityClient() *http.Client {
+	return &http.Client{
+		Transport: &http.Transport{
+			Proxy:                  nil,
+			DisableKeepAlives:      true, // a request in hours
+			DisableCompression:     true,
+			MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
+// get makes the GET that most endpoints want; a query in the endpoint's own URL is kept. The
+// Metadata header shows that no redirect or web page made this request.
+func (s *source) get(context.Context) (*http.Request, *tokenError) {
+	u := *s.url
+	q := u.Query()
+	q.Set("api-version", s.version)
+	q.Set("resource", s.resource)
+	if s.clientID != "" {
+		q.Set(s.idParam, s.clientID)
+	}
+	u.RawQuery = q.Encode()
+	req := &http.Request{Method: http.MethodGet, URL: &u, Header: http.Header{"Metadata": {"true"}}}
+	if s.header != "" {
+		req.Header.Set(s.header, s.getenv(s.secret))
+	}
+	return req, nil
+}
+
+func (s *source) post(form url.Values) (*http.Request, *tokenError) {
+	body := form.Encode()
+	return &http.Request{
+		Method:        http.MethodPost,
+		URL:           s.url,
+		Header:        http.Header{"Metadata": {"true"}, "Content-Type": {"application/x-www-form-urlencoded"}},
+		Body:          io.NopCloser(strings.NewReader(body)),
+		ContentLength: int64(len(body)),
+	}, nil
+}
+
+func (s *source) cloudShell(context.Context) (*http.Request, *tokenError) {
+	return s.post(url.Values{"resource": {s.resource}})
+}
+
+// workloadIdentity exchanges the token that Kubernetes puts into the pod, and renews there within
+// the hour ("OAuth 2.0 client credentials flow on the Microsoft identity platform").
+func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) {
+	assertion, err := os.ReadFile(s.getenv("AZURE_FEDERATED_TOKEN_FILE"))
+	if err != nil {
+		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
+	}
+	return s.post(url.Values{
+		"client_id":             {s.clientID},
+		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
+		"grant_type":            {"client_credentials"},
+		"client_assertion_type": {"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"},
+		"client_assertion":      {string(assertion)},
+	})
+}
+
+// arc answers the challenge of Azure Arc's agent: to show the content of a file that only root and
+// the group himds can read ("Authenticate against Azure resources with Azure Arc-enabled servers").
+func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
+	req, _ := s.get(ctx)
+	status, header, body, failure := s.do(ctx, req)
+	if failure != nil {
+		return nil, failure
+	}
+	if status != http.StatusUnauthorized {
+		return nil, s.refusal(status, header, body)
+	}
+	key, err := readKey(header.Get("WWW-Authenticate"), s.keyDir)
+	if err != nil {
+		return nil, s.errorf("sent a challenge that cannot be met: %v", err)
+	}
+	req.Header.Set("Authorization", "Basic "+key)
+	return req, nil
+}
+
+// readKey reads the file that an Arc challenge names, which must be a regular .key file of at most
+// 4096 bytes right in dir: the endpoint must not get at any other file.
+func readKey(challenge, dir string) (string, error) {
+	path, ok := strings.CutPrefix(challenge, "Basic realm=")
+	if !ok {
+		return "", errors.New("WWW-Authenticate is not Basic realm=PATH")
+	}
+	if path != filepath.Join(dir, filepath.Base(path)) || filepath.Ext(path) != ".key" {
+		return "", fmt.Errorf("it names a file that is no .key file in %s", dir)
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() || info.Size() > 4096 {
+		return "", fmt.Errorf("%s is no regular file of at most 4096 bytes", path)
+	}
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrPermission) {
+		return "", fmt.Errorf("%w; hint: run as root, or join the group himds", err)
+	}
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if opened, err := f.Stat(); err != nil || !os.SameFile(info, opened) {
+		return "", fmt.Errorf("%s was replaced while it was opened", path)
+	}
+	key, err := io.ReadAll(io.LimitReader(f, 4096))
+	return string(key), err
+}
+
+// fetch gets a token, trying again while the endpoint's answers are such that it may help.
+func (s *source) fetch(ctx context.Context) (token, *tokenError) {
+	left := fetchTime
+	for pause := firstPause; ; pause *= 2 {
+		t, failure := s.try(ctx)
+		if failure == nil || !failure.transient {
+			return t, failure
+		}
+		wait := failure.retryAfter
+		if wait == 0 {
+			wait = time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
+		}
+		if left -= wait; left < 0 {
+			return t, failure
+		}
+		if s.sleep(ctx, wait); ctx.Err() != nil {
+			return t, failure
+		}
+	}
+}
+
+// try asks the endpoint once.
+func (s *source) try(ctx context.Context) (token, *tokenError) {
+	ctx, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	req, failure := s.request(s, ctx)
+	if failure != nil {
+		return token{}, failure
+	}
+	sent := s.now()
+	status, header, body, failure := s.do(ctx, req)
+	if failure != nil {
+		return token{}, failure
+	}
+	if status != http.StatusOK {
+		return token{}, s.refusal(status, header, body)
+	}
+	t, err := parseToken(body, sent, serverTime(header, sent))
+	if err != nil {
+		failure := s.errorf("answered with %s, not a usable token: %v", header.Get("Content-Type"), err)
+		failure.transient = err == errExpired
+		return token{}, failure
+	}
+	if s.name == "Azure Arc" && s.clientID != "" && !strings.EqualFold(t.clientID, s.clientID) {
+		return token{}, s.errorf("gave the token of another identity, as older agents do; unset AZURE_CLIENT_ID")
+	}
+	if isDebug(s.getenv) {
+		log.Printf("debug: token from %s at %s, expires %s, next refresh %s", s.name, s.url.Host,
+			t.expires.Format(time.RFC3339), t.refresh.Format(time.RFC3339))
+	}
+	return t, nil
+}
+
+// do sends one request and reads its answer.
+func (s *source) do(ctx context.Context, req *http.Request) (int, http.Header, []byte, *tokenError) {
+	resp, err := s.client.Do(req.WithContext(ctx))
+	var body []byte
+	if err == nil {
+		defer resp.Body.Close()
+		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	}
+	if err == nil {
+		return resp.StatusCode, resp.Header, body, nil
+	}
+	var inURL *url.Error
+	if errors.As(err, &inURL) {
+		err = inURL.Err // the URL may hold a secret
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("no answer within %v", tryTime)
+	}
+	failure := s.errorf("gave no answer: %v", err)
+	failure.transient = true
+	if s.name == "IMDS" {
+		failure.text += "; hint: only Azure hosts have it"
+	}
+	return 0, nil, nil, failure
+}
+
+// refusal is the error for an answer other than 200, in the endpoint's own words.
+func (s *source) refusal(status int, header http.Header, body []byte) *tokenError {
+	e := s.errorf("answered %d: %s", status, words(body))
+	e.retryAfter = retryAfter(header, s.now())
+	switch {
+	case status == http.StatusNotFound, status == http.StatusGone:
+		e.transient = s.name == "IMDS" // which answers so for up to 70 s while it is being updated
+	case status == http.StatusRequestTimeout, status == http.StatusTooManyRequests, status >= 500:
+		e.transient = true
+	}
+	for _, h := range hints {
+		if strings.Contains(e.text, h.text) {
+			e.text += "; hint: " + h.hint
+		}
+	}
+	return e
+}
+
+// hints are what to do about the usual refusals.
+var hints = []struct{ text, hint string }{
+	{"Identity not found", "assign a managed identity to this host, or correct AZURE_CLIENT_ID"},
+	{"Multiple user assigned", "set AZURE_CLIENT_ID to the client id of one of them"},
+	{"unreachable network", "this is not an Azure host"}, // Docker Desktop's 403
+	{"AADSTS70021", "the federated credential's issuer or subject is not this pod's"},
+	{"AADSTS500011", "correct AZURE_OPENAI_SCOPE"},
+}
+
+// errorf makes an error that names who was asked for which identity, and no secret, should the
+// endpoint have repeated one.
+func (s *source) errorf(format string, args ...any) *tokenError {
+	text := s.name + " at " + s.url.Host + " " + fmt.Sprintf(format, args...)
+	if s.clientID != "" {
+		text += " (client_id " + s.clientID + ", from " + s.clientIDFrom + ")"
+	}
+	if secret := s.getenv(s.secret); secret != "" {
+		text = strings.ReplaceAll(text, secret, "REDACTED")
+	}
+	return &tokenError{text: printable(text)}
+}
+
+// words is what an endpoint says about its refusal: error_description, message or error.message
+// of a JSON answer, the text of any other; 500 bytes at most.
+func words(body []byte) string {
+	var a struct {
+		Error       any
+		Description string `json:"error_description"`
+		Message     string
+	}
+	text := string(body)
+	if json.Unmarshal(body, &a) == nil {
+		text = a.Message
+		switch e := a.Error.(type) {
+		case string:
+			text = strings.TrimPrefix(e+": "+a.Description, ": ")
+		case map[string]any:
+			text = fmt.Sprint(e["code"], ": ", e["message"])
+		}
+	}
+	if len(text) > 500 {
+		text = text[:500]
+	}
+	return strings.TrimSpace(printable(text))
+}
+
+// printable is s with a space for whatever could forge a log line or hide in it.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if strconv.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
+}
+
+// retryAfter reads a Retry-After header, which holds seconds or a date (RFC 9110 §10.2.3).
+func retryAfter(h http.Header, now time.Time) time.Duration {
+	value := h.Get("Retry-After")
+	if seconds, err := strconv.Atoi(value); err == nil && seconds > 0 {
+		return min(time.Duration(min(seconds, 3600))*time.Second, time.Hour)
+	}
+	if date, err := http.ParseTime(value); err == nil {
+		return max(date.Sub(now), 0)
+	}
+	return 0
+}
+
+// serverTime is the endpoint's own time where it differs from ours by more than the seconds that
+// rounding and the network explain: expires_on is told by the endpoint's clock.
+func serverTime(h http.Header, sent time.Time) time.Time {
+	if date, err := http.ParseTime(h.Get("Date")); err == nil && date.Sub(sent).Abs() > 5*time.Second {
+		return date
+	}
+	return sent
+}
+
+var errExpired = errors.New("it has expired already")
+
+// parseToken reads a token answer that was asked for at sent, by our clock, which is base by the
+// endpoint's. It lives until expires_on or for expires_in, whichever ends earlier: IMDS counts
+// expires_in from the issue of a token that it hands out for hours. It is due for refresh after
+// refresh_in, else after 80 % of its life.
+func parseToken(body []byte, sent, base time.Time) (token, error) {
+	var a struct {
+		AccessToken string          `json:"access_token"`
+		ExpiresOn   json.RawMessage `json:"expires_on"`
+		ExpiresIn   json.RawMessage `json:"expires_in"`
+		RefreshIn   json.RawMessage `json:"refresh_in"`
+		ClientID    string          `json:"client_id"`
+	}
+	if json.Unmarshal(body, &a) != nil { // its error may quote the body
+		return token{}, errors.New("not the JSON object expected")
+	}
+	if a.AccessToken == "" {
+		return token{}, errors.New("access_token is missing")
+	}
+	for _, c := range []byte(a.AccessToken) {
+		if c < 0x21 || c > 0x7e {
+			return token{}, errors.New("access_token has bytes that a header cannot carry")
+		}
+	}
+	const none = time.Duration(math.MaxInt64)
+	life := none
+	if text := scalar(a.ExpiresOn); text != "" {
+		on, err := parseTime(text)
+		if err != nil {
+			return token{}, fmt.Errorf("expires_on: %w", err)
+		}
+		life = on.Sub(base)
+	}
+	if text := scalar(a.ExpiresIn); text != "" {
+		in, err := parseSeconds(text)
+		if err != nil {
+			return token{}, fmt.Errorf("expires_in: %w", err)
+		}
+		life = min(life, time.Duration(in*float64(time.Second)))
+	}
+	switch {
+	case life == none:
+		return token{}, errors.New("expires_on and expires_in are missing")
+	case life <= 0:
+		return token{}, errExpired
+	}
+	refresh := life * 4 / 5
+	if in, err := parseSeconds(scalar(a.RefreshIn)); err == nil && in > 0 {
+		refresh = min(refresh, time.Duration(in*float64(time.Second)))
+	}
+	return token{
+		authorization: "Bearer " + a.AccessToken,
+		clientID:      a.ClientID,
+		expires:       sent.Add(life),
+		refresh:       sent.Add(max(refresh, time.Second)),
+	}, nil
+}
+
+// scalar is the text of a JSON string or number; of null or a missing field it is empty.
+func scalar(raw json.RawMessage) string {
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		return string(raw)
+	}
+	return strings.TrimSpace(text)
+}
+
+// dateLayouts are the forms of expires_on beside epoch seconds, as seen from App Service.
+var dateLayouts = []string{
+	time.RFC3339,
+	"2006-01-02 15:04:05",
+	"01/02/2006 15:04:05",
+	"01/02/2006 15:04:05 -07:00",
+	"1/2/2006 3:04:05 PM -07:00",
+}
+
+// parseTime reads epoch seconds or one of dateLayouts.
+func parseTime(text string) (time.Time, error) {
+	if seconds, err := parseSeconds(text); err == nil {
+		return time.UnixMilli(int64(seconds * 1000)), nil
+	}
+	for _, layout := range dateLayouts {
+		if t, err := time.Parse(layout, text); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, errors.New("not in a form known here")
+}
+
+// parseSeconds reads a number of seconds, which a time.Duration can hold.
+func parseSeconds(text string) (float64, error) {
+	seconds, err := strconv.ParseFloat(text, 64)
+	if err != nil || !(seconds >= 0 && seconds < 9e9) {
+		return 0, errors.New("not a number of seconds")
+	}
+	return seconds, nil
+}

@@ -1,0 +1,436 @@
+// Aoai-proxy lets a client that only knows an api-key use an Azure OpenAI resource that accepts
+// nothing but Microsoft Entra ID tokens.
+//
+// A client talks plain HTTP to it. The proxy checks an optional shared secret, gets a token of the
+// host's managed identity, puts it in the place of the client's credentials, forwards the request
+// to TARGET_URL and streams the answer back as it arrives:
+//
+//	TARGET_URL=https://my-aoai.openai.azure.com/openai/ aoai-proxy
+//	curl localhost:8081/v1/chat/completions -H 'Content-Type: application/json' -d …
+//
+// It is set up by environment variables, or by a .env file in the working directory for those
+// that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no process
+// and speaks to two places only: the identity endpoint and TARGET_URL's host.
+//
+// main.go is configuration, start and stop; imds.go is how a token is had and kept; forward.go is
+// how a request goes to the upstream and its answer comes back.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const usage = `usage: aoai-proxy [-version]
+
+Settings, from the environment or a .env file in the working directory:
+
+TARGET_URL           required; base URL of the resource, /openai/ included:
+                     https://my-aoai.openai.azure.com/openai/
+PORT                 port to listen on, 0 for any free one (8081)
+HOST                 address to listen on (without EXPECTED_KEY loopback only,
+                     with it every interface)
+EXPECTED_KEY         shared secret that clients must present (none)
+AZURE_OPENAI_SCOPE   token scope (https://cognitiveservices.azure.com/.default,
+                     or its .us or .cn form for such a host)
+AZURE_CLIENT_ID      client id of a user-assigned identity (system-assigned one)
+IDENTITY_ENDPOINT    token endpoint and its secret, set by App Service,
+IDENTITY_HEADER      Functions and Container Apps (IMDS)
+AZURE_POD_IDENTITY_AUTHORITY_HOST
+                     where IMDS is (http://169.254.169.254)
+AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
+`
+
+// tlsDefaults are today's defaults of crypto/tls and crypto/x509. The line "go 1.22" in go.mod
+// lets Go 1.22 build the program, but makes a newer toolchain fall back to the defaults of 2024,
+// which offer 3DES and SHA-1, accept 1024-bit RSA and leave out post-quantum key exchange.
+const tlsDefaults = "tls3des=0,tlssha1=0,tlsmlkem=1,tlssecpmlkem=1,rsa1024min=1," +
+	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1"
+
+// init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins.
+func init() {
+	os.Setenv("GODEBUG", strings.TrimSuffix(tlsDefaults+","+os.Getenv("GODEBUG"), ","))
+}
+
+func main() {
+	if err := run(os.Args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "aoai-proxy:", err)
+		os.Exit(1)
+	}
+}
+
+// run is the program but for its exit status.
+func run(args []string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("aoai-proxy", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // one line, by main, instead of the usage text
+	showVersion := flags.Bool("version", false, "print the version")
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w; aoai-proxy -h shows the usage", err)
+	case flags.NArg() > 0:
+		return fmt.Errorf("unexpected argument %q; aoai-proxy -h shows the usage", flags.Arg(0))
+	case *showVersion:
+		fmt.Fprintln(stdout, version())
+		return nil
+	}
+
+	fromFile, err := loadDotEnv(".env")
+	if err != nil {
+		return err
+	}
+	cfg, err := loadConfig(os.Getenv)
+	if err != nil {
+		return err
+	}
+	listeners, err := listen(cfg)
+	if err != nil {
+		return err
+	}
+	if fromFile {
+		log.Print("read .env in the working directory for what the environment leaves out")
+	}
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	return newProxy(cfg).serve(listeners, signals)
+}
+
+// version is what the Go toolchain stamped into the binary.
+func version() string {
+	text := "aoai-proxy"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		text += " " + info.Main.Version
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" || s.Key == "vcs.modified" && s.Value == "true" {
+				text += " " + s.Key + "=" + s.Value
+			}
+		}
+	}
+	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
+}
+
+// loadDotEnv sets the environment variables that the file holds and that are unset or empty. It
+// reports whether there is such a file.
+func loadDotEnv(file string) (bool, error) {
+	text, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("reading %s: %w", file, errors.Unwrap(err))
+	}
+	vars, err := parseDotEnv(string(text))
+	if err != nil {
+		return false, fmt.Errorf("%s %w", file, err)
+	}
+	for name, value := range vars {
+		if os.Getenv(name) == "" {
+			os.Setenv(name, value)
+		}
+	}
+	return true, nil
+}
+
+// parseDotEnv reads a .env file. Its error names the line and never shows it: it may hold a secret.
+func parseDotEnv(text string) (map[string]string, error) {
+	vars := make(map[string]string)
+	for i, line := range strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n") {
+		line = strings.TrimSpace(line)
+		if line == "" || line[0] == '#' {
+			continue
+		}
+		name, value, ok := parseDotEnvLine(line)
+		if !ok {
+			return nil, fmt.Errorf(`line %d: want NAME=value, NAME="value" or # comment`, i+1)
+		}
+		vars[name] = value
+	}
+	return vars, nil
+}
+
+// parseDotEnvLine reads NAME=value, with or without an export before it. The value is in single or
+// double quotes, or bare up to a comment; there are no escapes and no expansions.
+func parseDotEnvLine(line string) (name, value string, ok bool) {
+	name, value, ok = strings.Cut(strings.TrimPrefix(line, "export "), "=")
+	name = strings.TrimSpace(name)
+	if !ok || !variableName.MatchString(name) || strings.ContainsRune(value, 0) {
+		return "", "", false
+	}
+	if quoted := strings.TrimSpace(value); quoted != "" && (quoted[0] == '"' || quoted[0] == '\'') {
+		value, rest, closed := strings.Cut(quoted[1:], quoted[:1])
+		rest = strings.TrimSpace(rest)
+		return name, value, closed && (rest == "" || rest[0] == '#')
+	}
+	if comment := strings.Index(value, " #"); comment >= 0 {
+		value = value[:comment]
+	}
+	return name, strings.TrimSpace(value), true
+}
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// config is the settings, checked.
+type config struct {
+	target *url.URL // "https://my-aoai.openai.azure.com/openai/"
+	host   string   // "127.0.0.1"; empty for the default
+	port   string   // "8081"
+	key    string   // EXPECTED_KEY; empty for none
+	scope  string   // "https://cognitiveservices.azure.com/.default"
+	debug  bool     // AZURE_LOG_LEVEL=debug
+	source *source
+}
+
+// loadConfig reads the settings; white space around one doesn't count. Its error names the
+// variable, what is wrong with it and what a right value looks like.
+func loadConfig(getenv func(string) string) (*config, error) {
+	get := func(name string) string { return strings.TrimSpace(getenv(name)) }
+	cfg := &config{
+		host:  strings.Trim(get("HOST"), "[]"),
+		port:  get("PORT"),
+		key:   get("EXPECTED_KEY"),
+		scope: get("AZURE_OPENAI_SCOPE"),
+		debug: isDebug(get),
+	}
+	var err error
+	if cfg.target, err = parseTarget(get("TARGET_URL")); err != nil {
+		return nil, err
+	}
+	if cfg.port == "" {
+		cfg.port = "8081"
+	}
+	if _, err := strconv.ParseUint(cfg.port, 10, 16); err != nil {
+		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
+	}
+	if !isASCII(cfg.key) {
+		return nil, errors.New("EXPECTED_KEY: has characters that a header cannot carry; " +
+			"want printable ASCII such as the output of openssl rand -hex 32")
+	}
+	if cfg.scope == "" {
+		cfg.scope = defaultScope(cfg.target.Hostname())
+	}
+	if strings.Contains(cfg.scope, " ") || !isASCII(cfg.scope) {
+		return nil, fmt.Errorf("AZURE_OPENAI_SCOPE: want a scope such as "+
+			"https://cognitiveservices.azure.com/.default, got %q", cfg.scope)
+	}
+	cfg.source, err = newSource(get, cfg.scope)
+	return cfg, err
+}
+
+// parseTarget checks TARGET_URL and supplies a missing final slash. Its errors show no more of the
+// URL than scheme and host, as there may be a key in the rest.
+func parseTarget(raw string) (*url.URL, error) {
+	const want = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
+	u, err := url.Parse(strings.TrimSuffix(raw, "/") + "/")
+	switch {
+	case raw == "":
+		return nil, errors.New("TARGET_URL: not set; " + want)
+	case err != nil || u.Hostname() == "" || strings.Contains(raw, " "):
+		return nil, errors.New("TARGET_URL: not a URL with a host; " + want)
+	case u.Scheme != "https" && u.Scheme != "http":
+		return nil, fmt.Errorf("TARGET_URL: is for %s; %s", u.Scheme, want)
+	case u.Scheme == "http" && !isLoopback(u.Hostname()):
+		return nil, fmt.Errorf("TARGET_URL: http://%s would send the token over a network in the clear; "+
+			"want https, or http for localhost only", u.Host)
+	case u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
+		return nil, errors.New("TARGET_URL: has a user name, a query or a fragment; " + want)
+	case hasDotSegment(u.EscapedPath()):
+		return nil, errors.New("TARGET_URL: has a . or .. in its path; " + want)
+	}
+	return u, nil
+}
+
+// isLoopback tells whether a host without a port is localhost or a loopback literal, exactly.
+func isLoopback(host string) bool {
+	return host == "localhost" || net.ParseIP(host).IsLoopback()
+}
+
+func isDebug(getenv func(string) string) bool {
+	return strings.EqualFold(getenv("AZURE_LOG_LEVEL"), "debug")
+}
+
+func isASCII(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}
+
+// defaultScope is the scope of Azure OpenAI in the cloud that host belongs to.
+func defaultScope(host string) string {
+	for _, cloud := range []string{"us", "cn"} {
+		if strings.HasSuffix(strings.ToLower(host), ".azure."+cloud) {
+			return "https://cognitiveservices.azure." + cloud + "/.default"
+		}
+	}
+	return "https://cognitiveservices.azure.com/.default"
+}
+
+// listen opens the listening sockets: HOST if that is set, every interface if clients need a key,
+// else both loopback addresses, as localhost may mean either.
+func listen(cfg *config) ([]net.Listener, error) {
+	hosts := []string{cfg.host}
+	if cfg.host == "" && cfg.key == "" {
+		hosts = []string{"127.0.0.1"}
+		if hasIPv6Loopback() {
+			hosts = append(hosts, "::1")
+		}
+	}
+	var listeners []net.Listener
+	port := cfg.port
+	for _, host := range hosts {
+		ln, err := net.Listen("tcp", net.JoinHostPort(host, port))
+		if err != nil {
+			for _, ln := range listeners {
+				ln.Close()
+			}
+			return nil, fmt.Errorf("PORT or HOST: %w; want a free port such as 8082 (0 for any) "+
+				"and an address of this host", err)
+		}
+		listeners = append(listeners, ln)
+		_, port, _ = net.SplitHostPort(ln.Addr().String()) // PORT=0: the same one for both
+	}
+	return listeners, nil
+}
+
+func hasIPv6Loopback() bool {
+	addrs, _ := net.InterfaceAddrs()
+	for _, addr := range addrs {
+		if ip, ok := addr.(*net.IPNet); ok && ip.IP.Equal(net.IPv6loopback) {
+			return true
+		}
+	}
+	return false
+}
+
+// drainTime is how long running streams may go on after SIGTERM.
+const drainTime = 10 * time.Minute
+
+// proxy is the running program.
+type proxy struct {
+	cfg      *config
+	tokens   *tokenSource
+	forward  *forwarder
+	draining atomic.Bool
+}
+
+func newProxy(cfg *config) *proxy {
+	tokens := &tokenSource{fetch: cfg.source.fetch, now: time.Now}
+	return &proxy{cfg: cfg, tokens: tokens, forward: newForwarder(cfg, tokens)}
+}
+
+// ServeHTTP has every route: the probes, which are answered here and need no key, and all else,
+// which goes to the upstream.
+func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	probe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
+	if !probe || r.URL.Host != "" || r.Method != http.MethodGet && r.Method != http.MethodHead {
+		p.forward.ServeHTTP(w, r)
+		return
+	}
+	if p.cfg.debug {
+		log.Printf("debug: probe %s from %s", r.URL.Path, r.RemoteAddr)
+	}
+	if r.URL.Path == "/readyz" {
+		if err := p.ready(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+	}
+	fmt.Fprintln(w, "ok")
+}
+
+func (p *proxy) ready(ctx context.Context) error {
+	if p.draining.Load() {
+		return errors.New("shutting down")
+	}
+	_, err := p.tokens.token(ctx)
+	return err
+}
+
+// serve answers requests until a signal arrives, and then until the running ones are done.
+func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel() // ends what outlives the drain, tunnels included
+	srv := &http.Server{
+		Handler:                      p,
+		DisableGeneralOptionsHandler: true,             // OPTIONS * is not answered for the upstream
+		ReadHeaderTimeout:            15 * time.Second, // bounds clients that dribble or say nothing
+		ReadTimeout:                  0,                // an upload may take its time
+		WriteTimeout:                 0,                // so may a model
+		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
+		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
+		BaseContext:                  func(net.Listener) context.Context { return ctx },
+	}
+	p.logStart(listeners)
+	go p.tokens.token(ctx) // so that the first request need not wait for it
+	failed := make(chan error, len(listeners))
+	for _, ln := range listeners {
+		go func() { failed <- srv.Serve(ln) }()
+	}
+	select {
+	case err := <-failed:
+		return err
+	case <-signals:
+		return p.drain(srv, signals)
+	}
+}
+
+// logStart says where the proxy listens, who may use it and as whom.
+func (p *proxy) logStart(listeners []net.Listener) {
+	cfg := p.cfg
+	if !strings.Contains(cfg.target.Path, "openai") {
+		log.Printf("warning: the path of TARGET_URL has no openai in it, which is right for Foundry's " +
+			"/anthropic/ and /models/ or a gateway's own path only")
+	}
+	for _, ln := range listeners {
+		addr := ln.Addr().String()
+		if cfg.key != "" && cfg.host == "" {
+			addr = ":" + addr[strings.LastIndex(addr, ":")+1:]
+		}
+		log.Printf("proxy listening on %s ➜ %s", addr, cfg.target)
+	}
+	log.Printf("tokens for %s come from %s at %s, as %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
+		cfg.source.why())
+	switch {
+	case cfg.key == "" && cfg.host == "":
+		log.Print("no EXPECTED_KEY: every user of this host, and nobody else, may use its identity; " +
+			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one")
+	case cfg.key == "":
+		log.Print("warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity")
+	}
+}
+
+// drain stops accepting and lets running requests and tunnels finish, for drainTime at most or
+// until a second signal.
+func (p *proxy) drain(srv *http.Server, signals <-chan os.Signal) error {
+	p.draining.Store(true)
+	log.Printf("draining %d streams (up to %v; a second signal ends them now)", p.forward.active.Load(), drainTime)
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	go func() {
+		<-signals
+		cancel()
+	}()
+	if srv.Shutdown(ctx) == nil { // which knows nothing of tunnels
+		p.forward.waitForTunnels(ctx)
+	}
+	srv.Close()
+	log.Print("stopped")
+	return nil
+}
