@@ -197,10 +197,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		err = fmt.Errorf("unasked status %s", printable(resp.Status))
 	}
 	if err != nil {
-		f.logProblem(req, nil, start, unreachable(f.target.Host, err).Message)
-		if r.Context().Err() == nil {
-			unreachable(f.target.Host, err).write(w, r)
-		}
+		e := unreachable(f.target.Host, err)
+		f.logProblem(req, nil, start, whose(r, e.Message))
+		e.write(w, r)
 		return
 	}
 	defer resp.Body.Close()
@@ -213,15 +212,15 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.tunnel(w, r, resp)
 		return
 	}
+	var said prefix
+	if resp.StatusCode >= 400 {
+		defer func() { f.logProblem(req, resp, start, explain(resp, said, t)) }()
+	}
 	copyHeader(w.Header(), resp)
 	w.WriteHeader(resp.StatusCode)
-	err = copyBody(w, resp)
-	if err != nil {
-		f.logProblem(req, resp, start, err.Error())
+	if err := copyBody(w, resp, &said); err != nil {
+		f.logProblem(req, resp, start, whose(r, "answer cut: "+err.Error()))
 		abort(w, r)
-	}
-	if resp.StatusCode >= 400 {
-		f.logProblem(req, resp, start, "upstream answered "+printable(resp.Status))
 	}
 }
 
@@ -234,6 +233,10 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	case !strings.HasPrefix(r.RequestURI, "/"):
 		return &apiError{status: http.StatusBadRequest, Code: "invalid_path",
 			Message: "this is no HTTP proxy for other hosts: the request target must be a path"}
+	case f.key == "" && mayBeWebPage(r):
+		return &apiError{status: http.StatusForbidden, Code: "foreign_web_page",
+			Message: "the Host, Origin or Sec-Fetch-Site header is that of a web page: call " +
+				"http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY"}
 	case !f.authorized(r, upgrade):
 		return &apiError{status: http.StatusUnauthorized, Code: "invalid_api_key",
 			Message: "wrong or missing key: send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer"}
@@ -242,6 +245,27 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 			Message: "the path must not contain . or .. segments"}
 	}
 	return nil
+}
+
+// mayBeWebPage tells whether a browser may have sent the request for a web page. A page's own
+// requests show in Origin or Sec-Fetch-Site; one whose host name was made to point to a loopback
+// address (DNS rebinding) has neither on a GET, but that name in Host.
+func mayBeWebPage(r *http.Request) bool {
+	host := r.Host
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	if ok && local.IP.IsLoopback() && !isLoopback(strings.Trim(host, "[]")) {
+		return true
+	}
+	foreign := func(origin string) bool { // null is, too
+		u, err := url.Parse(origin)
+		return err != nil || !isLoopback(u.Hostname())
+	}
+	crossSite := func(site string) bool { return site != "same-origin" && site != "none" }
+	return slices.ContainsFunc(r.Header["Origin"], foreign) ||
+		slices.ContainsFunc(r.Header["Sec-Fetch-Site"], crossSite)
 }
 
 // authorized compares the keys that the request presents with the expected one, by their hashes so
@@ -462,30 +486,40 @@ func copyHeader(h http.Header, resp *http.Response) {
 // copyBuffers has the buffers that answers are copied through.
 var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
+// prefix keeps the first bytes of an answer, for the log to explain it.
+type prefix []byte
+
+func (p *prefix) keep(b []byte) {
+	*p = append(*p, b[:min(len(b), 2048-len(*p))]...)
+}
+
 // copyBody passes the answer's body on, each read at once and the head before the first one.
-func copyBody(w http.ResponseWriter, resp *http.Response) error {
+func copyBody(w http.ResponseWriter, resp *http.Response, said *prefix) error {
 	buf := copyBuffers.Get().(*[32 << 10]byte)
 	defer copyBuffers.Put(buf)
 	out := http.NewResponseController(w)
 	if err := out.Flush(); err != nil {
-		return fmt.Errorf("client left: %w", err)
+		return err
 	}
 	for {
 		n, readErr := resp.Body.Read(buf[:])
 		if n > 0 {
+			if resp.StatusCode >= 400 {
+				said.keep(buf[:n])
+			}
 			_, err := w.Write(buf[:n])
 			if err == nil && readErr == nil {
 				err = out.Flush()
 			}
 			if err != nil {
-				return fmt.Errorf("client left: %w", err)
+				return err
 			}
 		}
 		if readErr == io.EOF {
 			break
 		}
 		if readErr != nil {
-			return fmt.Errorf("upstream broke off its answer: %w", readErr)
+			return readErr
 		}
 	}
 	for name, values := range resp.Trailer {
@@ -637,16 +671,66 @@ func failure(err error) string {
 	var dns *net.DNSError
 	var certificate *tls.CertificateVerificationError
 	var op *net.OpError
-	step := "connection broke: "
+	step, hint := "connection broke", ""
 	switch {
 	case errors.As(err, &dns):
-		step = "DNS lookup failed: "
+		step, hint = "DNS lookup failed", "; hint: check TARGET_URL's host name, and this host's DNS"
 	case errors.As(err, &certificate):
-		step = "certificate not trusted: "
+		step, hint = "certificate not trusted", "; hint: name a file with your own CA in SSL_CERT_FILE"
 	case errors.As(err, &op) && op.Op == "dial":
-		step = "connection failed: "
+		step, hint = "connection failed", "; hint: a firewall? HTTPS_PROXY names a proxy to go through"
 	}
-	return printable(step + err.Error())
+	return printable(step + ": " + err.Error() + hint)
+}
+
+// refusals are the upstream's usual ones, most telling first: status, a word of its answer, and what
+// to do, where {id} stands for the identity.
+var refusals = []struct {
+	status     int
+	word, hint string
+}{
+	{400, "subdomain", "a regional endpoint takes no tokens: use the resource's own, https://NAME.openai.azure.com/openai/"},
+	{401, "subdomain", "a regional endpoint takes no tokens: use the resource's own, https://NAME.openai.azure.com/openai/"},
+	{401, "subscription key", "the gateway wants a key of its own, which the proxy does not send: let it accept the token"},
+	{401, "PermissionDenied", roleMissing},
+	{401, "lacks the required data action", roleMissing},
+	{401, "audience", "the token is for {aud}, the wrong audience: set AZURE_OPENAI_SCOPE for this cloud or service"},
+	{401, "", roleMissing},
+	{403, "irewall", "the resource's network rules refuse this host: allow its network or use the private endpoint"},
+	{403, "rivate", "the resource's network rules refuse this host: allow its network or use the private endpoint"},
+	{403, "", roleMissing},
+	{404, "DeploymentNotFound", "there is no deployment of this name in the resource"},
+	{404, "", "there is no such path: check TARGET_URL and the client's base URL"},
+	{429, "", "too many requests or tokens for the deployment's quota"},
+}
+
+const (
+	roleName    = "Cognitive Services OpenAI User"
+	roleMissing = "{id} lacks the role " + roleName + " on the resource (a new assignment takes minutes to work)"
+)
+
+// explain says what an answer of 400 or more means, and what to do about it.
+func explain(resp *http.Response, said prefix, t token) string {
+	text := "answered " + printable(resp.Status)
+	for _, r := range refusals {
+		if r.status == resp.StatusCode && bytes.Contains(said, []byte(r.word)) {
+			c := t.claims()
+			text += "; hint: " + strings.NewReplacer("{id}", c.identity(), "{aud}", printable(fmt.Sprint(c.Audience))).Replace(r.hint)
+			break
+		}
+	}
+	if after := resp.Header.Get("Retry-After"); after != "" {
+		text += "; Retry-After: " + printable(after)
+	}
+	return text
+}
+
+// whose tells a client that left, which fails all else, from what went wrong.
+func whose(r *http.Request, problem string) string {
+	if r.Context().Err() != nil {
+		return "client left"
+	}
+	return problem
 }
 
 // logProblem writes the second line of a request, for what went wrong. resp may be nil.

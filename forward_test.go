@@ -242,7 +242,7 @@ type fakeAzure struct {
 
 func (a *fakeAzure) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("apim-request-id", fmt.Sprintf("demo-%d", time.Now().UnixNano()))
-	if r.Header.Get("Authorization") != "Bearer "+a.identity.token() || r.Header.Get("Api-Key") != "" {
+	if !a.identity.gave(r.Header.Get("Authorization")) || r.Header.Get("Api-Key") != "" {
 		writeJSON(w, 401, `{"error":{"code":"401","message":"Access token is missing, invalid, audience is incorrect or have expired."}}`)
 		return
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,6 +48,32 @@ type token struct {
 // wall clock can be set back.
 func (t token) validAt(now time.Time) bool {
 	return now.Before(t.expires) && now.Round(0).Before(t.expires.Round(0))
+}
+
+// claims are what a token says of itself ("Access token claims reference"). They are shown, never
+// relied on: it is the upstream that verifies them.
+type claims struct {
+	Audience any    `json:"aud"`
+	Tenant   string `json:"tid"`
+	Object   string `json:"oid"`
+	Client   string `json:"appid"`
+}
+
+// claims decodes the token, which is a JWT (RFC 7519); what cannot be decoded is empty.
+func (t token) claims() (c claims) {
+	if parts := strings.Split(t.authorization, "."); len(parts) == 3 {
+		payload, _ := base64.RawURLEncoding.DecodeString(parts[1])
+		json.Unmarshal(payload, &c)
+	}
+	return c
+}
+
+// identity names whose token it is.
+func (c claims) identity() string {
+	if c.Object == "" {
+		return "the identity"
+	}
+	return printable("the identity with object id " + c.Object)
 }
 
 // tokenError is why there is no token.

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -45,6 +46,13 @@ func (f *fakeIdentity) answerWith(handler http.HandlerFunc) { f.answer.Store(&ha
 
 // token is the newest token that f has given.
 func (f *fakeIdentity) token() string { return "token-" + strconv.FormatInt(f.fetches.Load(), 10) }
+
+// gave tells whether f gave the token in an Authorization header.
+func (f *fakeIdentity) gave(authorization string) bool {
+	number, ok := strings.CutPrefix(authorization, "Bearer token-")
+	n, err := strconv.ParseInt(number, 10, 64)
+	return ok && err == nil && n <= f.fetches.Load()
+}
 
 // tokenAnswer is what IMDS says, whose numbers are strings.
 func tokenAnswer(token string, life time.Duration) string {

@@ -18,6 +18,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -26,6 +27,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"os/signal"
@@ -39,7 +41,10 @@ import (
 	"time"
 )
 
-const usage = `usage: aoai-proxy [-version]
+const usage = `usage: aoai-proxy [-check | -version]
+
+-check    try the settings, the identity and the upstream, and say what is wrong
+-version  print the version
 
 Settings, from the environment or a .env file in the working directory:
 
@@ -81,7 +86,8 @@ func main() {
 func run(args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("aoai-proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // one line, by main, instead of the usage text
-	showVersion := flags.Bool("version", false, "print the version")
+	checkOnly := flags.Bool("check", false, "")
+	showVersion := flags.Bool("version", false, "")
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(stdout, usage)
@@ -98,6 +104,9 @@ func run(args []string, stdout io.Writer) error {
 	fromFile, err := loadDotEnv(".env")
 	if err != nil {
 		return err
+	}
+	if *checkOnly {
+		return check(os.Getenv, stdout)
 	}
 	cfg, err := loadConfig(os.Getenv)
 	if err != nil {
@@ -407,13 +416,19 @@ func (p *proxy) logStart(listeners []net.Listener) {
 	}
 	log.Printf("tokens for %s come from %s at %s, as %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
 		cfg.source.why())
+	log.Print(cfg.whoMayUseIt())
+}
+
+// whoMayUseIt says who can speak with the identity through the proxy.
+func (c *config) whoMayUseIt() string {
 	switch {
-	case cfg.key == "" && cfg.host == "":
-		log.Print("no EXPECTED_KEY: every user of this host, and nobody else, may use its identity; " +
-			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one")
-	case cfg.key == "":
-		log.Print("warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity")
+	case c.key != "":
+		return "EXPECTED_KEY is set: whoever has the key may use this host's identity"
+	case c.host == "":
+		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity; " +
+			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one"
 	}
+	return "warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity"
 }
 
 // drain stops accepting and lets running requests and tunnels finish, for drainTime at most or
@@ -434,3 +449,77 @@ func (p *proxy) drain(srv *http.Server, signals <-chan os.Signal) error {
 	log.Print("stopped")
 	return nil
 }
+
+// check tries what the proxy needs, step by step, and says what is wrong and what to do. It sends a
+// token request and one GET, nothing else.
+func check(getenv func(string) string, out io.Writer) error {
+	ok := func(step, format string, args ...any) {
+		fmt.Fprintf(out, "ok    %s: %s\n", step, fmt.Sprintf(format, args...))
+	}
+	fail := func(step, text string) error {
+		fmt.Fprintf(out, "FAIL  %s: %s\n", step, strings.ReplaceAll(text, "; hint: ", "\n      hint: "))
+		return errors.New(step + " failed the check")
+	}
+	cfg, err := loadConfig(getenv)
+	if err != nil {
+		return fail("settings", err.Error())
+	}
+	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
+	ok("port "+cfg.port, "%s", cfg.whoMayUseIt())
+	ok("identity", "%s at %s, as %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
+
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	t, failure := cfg.source.fetch(ctx)
+	if failure != nil {
+		return fail("token", failure.text)
+	}
+	c := t.claims()
+	ok("token", "audience %v, tenant %s, object id %s, client id %s, expires %s",
+		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
+
+	u := cfg.target.JoinPath("models")
+	if !strings.Contains(u.Path, "/v1/") { // which has no versions
+		u.RawQuery = "api-version=2024-10-21"
+	}
+	req := &http.Request{Method: http.MethodGet, URL: u, Header: http.Header{"Authorization": {t.authorization}}}
+	trace := &httptrace.ClientTrace{
+		DNSDone: func(info httptrace.DNSDoneInfo) { ok("DNS", "%v", info.Addrs) },
+		ConnectDone: func(_, addr string, err error) {
+			if err == nil {
+				ok("TCP", "connected to %s", addr)
+			}
+		},
+		TLSHandshakeDone: func(state tls.ConnectionState, err error) {
+			if err == nil {
+				ok("TLS", "%s, certificate of %s", tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
+			}
+		},
+	}
+	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	if err != nil {
+		return fail("upstream", unreachable(u.Host, err).Message)
+	}
+	defer resp.Body.Close()
+	said, _ := io.ReadAll(io.LimitReader(resp.Body, 2048))
+	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
+	if resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai") {
+		ok("upstream", "%s (not every service but Azure OpenAI lists its models)", answered)
+		return nil
+	}
+	if resp.StatusCode == http.StatusOK {
+		ok("upstream", "%s", answered)
+		return nil
+	}
+	err = fail("upstream", answered)
+	if strings.Contains(answered, roleName) {
+		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
+	}
+	return err
+}
+
+// roleCommand gives the identity its role on the resource whose host begins so.
+const roleCommand = `      az role assignment create --assignee-object-id %s --assignee-principal-type ServicePrincipal \
+        --role "%s" --scope "$(az cognitiveservices account list \
+        --query "[?properties.customSubDomainName=='%s'].id" --output tsv)"
+`
