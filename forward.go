@@ -25,83 +25,48 @@ import (
 	"time"
 )
 
-// forwardedHeaders are the request headers that the service, or its support, makes use of. What is
-// not in this list or in forwardedPrefixes stays here: credentials, cookies, Origin and Referer,
-// the addresses of the client's network, and headers that change what a front end routes to.
-var forwardedHeaders = map[string]bool{
-	"Accept":              true,
-	"Accept-Encoding":     true,
-	"Accept-Language":     true,
-	"Content-Type":        true,
-	"Content-Encoding":    true,
-	"Range":               true,
-	"If-Range":            true,
-	"User-Agent":          true,
-	"Idempotency-Key":     true,
-	"X-Client-Request-Id": true,
-	"X-Request-Id":        true,
-	"Traceparent":         true,
-	"Tracestate":          true,
+// forwardedHeaders are the request headers that the service, or its support, makes use of, with
+// forwardedPrefixes. All else stays here: credentials, cookies, Origin and Referer, whatever tells
+// of the client's network, and headers that change what a front end routes to.
+var forwardedHeaders = fields(`
+	Accept Accept-Encoding Accept-Language Content-Type Content-Encoding Range If-Range User-Agent
+	Idempotency-Key X-Client-Request-Id X-Request-Id Traceparent Tracestate
+	Originator Version Session_id Session-Id Conversation_id Conversation-Id Thread_id Thread-Id
+	X-Responsesapi-Include-Timing-Metrics X-Oai-Attestation
+	Extra-Parameters Aoai-Evals X-Policy-Id Azureml-Model-Deployment`)
 
-	// codex: without Originator and Version some models resolve to nonexistent fallbacks.
-	"Originator":      true,
-	"Version":         true,
-	"Session_id":      true,
-	"Session-Id":      true,
-	"Conversation_id": true,
-	"Conversation-Id": true,
-	"Thread_id":       true,
-	"Thread-Id":       true,
-
-	"X-Responsesapi-Include-Timing-Metrics": true,
-	"X-Oai-Attestation":                     true,
-
-	// Azure's own that have no common prefix.
-	"Extra-Parameters":         true, // model inference API: what to do with unknown fields
-	"Aoai-Evals":               true,
-	"X-Policy-Id":              true,
-	"Azureml-Model-Deployment": true,
-}
-
-// forwardedPrefixes are families of request headers that go upstream.
 var forwardedPrefixes = []string{"Openai-", "X-Openai-", "X-Stainless-", "X-Codex-", "Anthropic-", "X-Ms-"}
 
-// keptPrefixes are the exceptions from forwardedPrefixes: App Service's sign-in puts the user's own
-// tokens into them, the rest is the front ends' about the client's network and URL.
+// keptPrefixes are exceptions: App Service's sign-in puts the user's own tokens into the first two,
+// front ends tell of the client's network and URL in the others.
 var keptPrefixes = []string{"X-Ms-Token-", "X-Ms-Client-Principal", "X-Ms-Privatelink-",
 	"X-Ms-Containerapp-", "X-Ms-Original-Url"}
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1).
-var webSocketHeaders = map[string]bool{
-	"Sec-Websocket-Key":        true,
-	"Sec-Websocket-Version":    true,
-	"Sec-Websocket-Protocol":   true,
-	"Sec-Websocket-Extensions": true,
-}
+var webSocketHeaders = fields(`
+	Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Protocol Sec-Websocket-Extensions`)
 
-// hopByHop headers are about one connection and are not passed on (RFC 9110 §7.6.1).
-var hopByHop = map[string]bool{
-	"Connection":          true,
-	"Proxy-Connection":    true,
-	"Keep-Alive":          true,
-	"Te":                  true,
-	"Trailer":             true,
-	"Transfer-Encoding":   true,
-	"Upgrade":             true,
-	"Proxy-Authenticate":  true,
-	"Proxy-Authorization": true,
-}
+// hopByHop headers are about one connection and go no further (RFC 9110 §7.6.1).
+var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
+	Proxy-Authenticate Proxy-Authorization`)
 
-// credentialParams are the query parameters that carry a key.
-var credentialParams = map[string]bool{
-	"api-key":          true,
-	"x-api-key":        true,
-	"authorization":    true, // older openai-node, for browsers' WebSockets
-	"subscription-key": true, // API Management
+// credentialParams are the query parameters that carry a key, in lower case: that of Azure, that of
+// older openai-node for a browser's WebSocket, and that of API Management.
+var credentialParams = fields("api-key x-api-key authorization subscription-key")
+
+func fields(names string) map[string]bool {
+	set := make(map[string]bool)
+	for _, name := range strings.Fields(names) {
+		set[name] = true
+	}
+	return set
 }
 
 // keyProtocol precedes the key among the subprotocols that openai-node offers on a WebSocket.
 const keyProtocol = "openai-insecure-api-key."
+
+// maxSaid is how much of a refusal, in bytes, is looked at to explain it in the log.
+const maxSaid = 2048
 
 // smallBody is the longest request body, in bytes, that is read before it is sent: it then goes out
 // in one write with the head, and can be sent again over a new connection if an idle one turns out
@@ -167,7 +132,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Check the caller.
 	upgrade := isWebSocket(r)
 	if refusal := f.check(r, upgrade); refusal != nil {
-		f.refuse(w, r, refusal)
+		log.Printf("answered %d to %s: %s", refusal.status, r.RemoteAddr, refusal.Message)
+		refusal.write(w, r)
 		return
 	}
 
@@ -181,7 +147,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
-		f.refuse(w, r, noToken(err))
+		e := noToken(err)
+		f.logProblem(r, req, nil, start, e.Message)
+		e.write(w, r)
 		return
 	}
 	req.Header["Authorization"] = []string{t.authorization}
@@ -189,16 +157,16 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Send it. Full duplex lets an answer pass while the upload still runs; without it the server
 	// would take the body away from the transport then, and cut the answer (golang/go#40747).
 	http.NewResponseController(w).EnableFullDuplex()
-	interim := &interimAnswers{w: w, muted: !r.ProtoAtLeast(1, 1)}
-	resp, err := f.transport.RoundTrip(req.WithContext(interim.trace(r.Context())))
-	interim.stop()
+	ctx, stopInterim := passInterim(w, r)
+	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
+	stopInterim()
 	if err == nil && resp.StatusCode < 200 && !(upgrade && isSwitch(resp)) {
 		resp.Body.Close()
-		err = fmt.Errorf("unasked status %s", printable(resp.Status))
+		err = fmt.Errorf("unasked status %s", resp.Status)
 	}
 	if err != nil {
 		e := unreachable(f.target.Host, err)
-		f.logProblem(req, nil, start, whose(r, e.Message))
+		f.logProblem(r, req, nil, start, e.Message)
 		e.write(w, r)
 		return
 	}
@@ -212,14 +180,14 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.tunnel(w, r, resp)
 		return
 	}
-	var said prefix
+	var said bytes.Buffer
 	if resp.StatusCode >= 400 {
-		defer func() { f.logProblem(req, resp, start, explain(resp, said, t)) }()
+		defer func() { f.logProblem(r, req, resp, start, explain(resp, said.Bytes(), t)) }()
 	}
 	copyHeader(w.Header(), resp)
 	w.WriteHeader(resp.StatusCode)
 	if err := copyBody(w, resp, &said); err != nil {
-		f.logProblem(req, resp, start, whose(r, "answer cut: "+err.Error()))
+		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
 		abort(w, r)
 	}
 }
@@ -228,21 +196,18 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	switch {
 	case r.Method == http.MethodConnect, r.Method == http.MethodTrace: // TRACE would echo the token
-		return &apiError{status: http.StatusMethodNotAllowed, Code: "method_not_allowed",
-			Message: r.Method + " is not forwarded"}
+		return newError(http.StatusMethodNotAllowed, "method_not_allowed", r.Method+" is not forwarded")
 	case !strings.HasPrefix(r.RequestURI, "/"):
-		return &apiError{status: http.StatusBadRequest, Code: "invalid_path",
-			Message: "this is no HTTP proxy for other hosts: the request target must be a path"}
+		return newError(http.StatusBadRequest, "invalid_path",
+			"the request target must be a path: this is no HTTP proxy for other hosts")
 	case f.key == "" && mayBeWebPage(r):
-		return &apiError{status: http.StatusForbidden, Code: "foreign_web_page",
-			Message: "the Host, Origin or Sec-Fetch-Site header is that of a web page: call " +
-				"http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY"}
+		return newError(http.StatusForbidden, "foreign_web_page", "Host, Origin or Sec-Fetch-Site is that of "+
+			"a web page: call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY")
 	case !f.authorized(r, upgrade):
-		return &apiError{status: http.StatusUnauthorized, Code: "invalid_api_key",
-			Message: "wrong or missing key: send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer"}
+		return newError(http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: send the proxy's "+
+			"EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer")
 	case hasDotSegment(rawPath(r)):
-		return &apiError{status: http.StatusBadRequest, Code: "invalid_path",
-			Message: "the path must not contain . or .. segments"}
+		return newError(http.StatusBadRequest, "invalid_path", "the path must not have . or .. segments")
 	}
 	return nil
 }
@@ -486,15 +451,9 @@ func copyHeader(h http.Header, resp *http.Response) {
 // copyBuffers has the buffers that answers are copied through.
 var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
-// prefix keeps the first bytes of an answer, for the log to explain it.
-type prefix []byte
-
-func (p *prefix) keep(b []byte) {
-	*p = append(*p, b[:min(len(b), 2048-len(*p))]...)
-}
-
-// copyBody passes the answer's body on, each read at once and the head before the first one.
-func copyBody(w http.ResponseWriter, resp *http.Response, said *prefix) error {
+// copyBody passes the answer's body on, each read at once and the head before the first one. Of a
+// refusal it keeps the first bytes in said, for the log to explain it.
+func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) error {
 	buf := copyBuffers.Get().(*[32 << 10]byte)
 	defer copyBuffers.Put(buf)
 	out := http.NewResponseController(w)
@@ -505,7 +464,7 @@ func copyBody(w http.ResponseWriter, resp *http.Response, said *prefix) error {
 		n, readErr := resp.Body.Read(buf[:])
 		if n > 0 {
 			if resp.StatusCode >= 400 {
-				said.keep(buf[:n])
+				said.Write(buf[:min(n, maxSaid-said.Len())])
 			}
 			_, err := w.Write(buf[:n])
 			if err == nil && readErr == nil {
@@ -582,35 +541,28 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	<-done
 }
 
-// interimAnswers passes 1xx answers on, but for 100, which is between two neighbours (RFC 9110
-// §15.2). The transport may call it from another goroutine.
-type interimAnswers struct {
-	w       http.ResponseWriter
-	mu      sync.Mutex // keeps pass from running beside ServeHTTP
-	stopped bool
-	muted   bool
-}
-
-func (i *interimAnswers) trace(ctx context.Context) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: i.pass})
-}
-
-func (i *interimAnswers) pass(code int, header textproto.MIMEHeader) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.muted || code == http.StatusContinue || code == http.StatusSwitchingProtocols {
+// passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a matter
+// between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport may call
+// from a goroutine of its own, even after it has given up the request.
+func passInterim(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
+	var mu sync.Mutex // protects stopped, and w from two at a time
+	stopped := !r.ProtoAtLeast(1, 1)
+	pass := func(code int, header textproto.MIMEHeader) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if !stopped && code != http.StatusContinue && code != http.StatusSwitchingProtocols {
+			copyHeader(w.Header(), &http.Response{Header: http.Header(header)})
+			w.WriteHeader(code)
+			clear(w.Header())
+		}
 		return nil
 	}
-	copyHeader(i.w.Header(), &http.Response{Header: http.Header(header)})
-	i.w.WriteHeader(code)
-	clear(i.w.Header())
-	return nil
-}
-
-func (i *interimAnswers) stop() {
-	i.mu.Lock()
-	i.muted = true
-	i.mu.Unlock()
+	stop = func() {
+		mu.Lock()
+		defer mu.Unlock()
+		stopped = true
+	}
+	return httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: pass}), stop
 }
 
 // apiError is an answer of the proxy's own, in the form of OpenAI's.
@@ -624,11 +576,30 @@ type apiError struct {
 	Code    string  `json:"code"`
 }
 
-func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
-	e.Type = "invalid_request_error"
-	if e.status >= 500 {
-		e.Type = "server_error"
+func newError(status int, code, message string) *apiError {
+	kind := "invalid_request_error"
+	if status >= 500 {
+		kind = "server_error"
 	}
+	return &apiError{status: status, Message: message, Type: kind, Code: code}
+}
+
+// noToken is the answer when there is no token, with the identity endpoint's own words.
+func noToken(err error) *apiError {
+	e := newError(http.StatusServiceUnavailable, "no_token", "no token: "+err.Error())
+	var unavailable *tokenError
+	if errors.As(err, &unavailable) {
+		e.retryAfter = unavailable.retryAfter
+	}
+	return e
+}
+
+// unreachable is the answer when the upstream gave none.
+func unreachable(host string, err error) *apiError {
+	return newError(http.StatusBadGateway, "upstream_unreachable", "no answer from "+host+": "+failure(err))
+}
+
+func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	if e.status == http.StatusUnauthorized {
@@ -642,28 +613,6 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	}
 	w.WriteHeader(e.status)
 	json.NewEncoder(w).Encode(map[string]*apiError{"error": e})
-}
-
-// refuse answers with e and logs it.
-func (f *forwarder) refuse(w http.ResponseWriter, r *http.Request, e *apiError) {
-	log.Printf("answered %d to %s: %s", e.status, r.RemoteAddr, e.Message)
-	e.write(w, r)
-}
-
-// noToken is the answer when there is no token, with the identity endpoint's own words.
-func noToken(err error) *apiError {
-	e := &apiError{status: http.StatusServiceUnavailable, Code: "no_token", Message: "no token: " + err.Error()}
-	var unavailable *tokenError
-	if errors.As(err, &unavailable) {
-		e.retryAfter = unavailable.retryAfter
-	}
-	return e
-}
-
-// unreachable is the answer when the upstream gave none.
-func unreachable(host string, err error) *apiError {
-	return &apiError{status: http.StatusBadGateway, Code: "upstream_unreachable",
-		Message: "no answer from " + host + ": " + failure(err)}
 }
 
 // failure says in which step a call to the upstream failed, and how.
@@ -710,10 +659,10 @@ const (
 )
 
 // explain says what an answer of 400 or more means, and what to do about it.
-func explain(resp *http.Response, said prefix, t token) string {
+func explain(resp *http.Response, said []byte, t token) string {
 	text := "answered " + printable(resp.Status)
 	for _, r := range refusals {
-		if r.status == resp.StatusCode && bytes.Contains(said, []byte(r.word)) {
+		if r.status == resp.StatusCode && strings.Contains(string(said), r.word) {
 			c := t.claims()
 			text += "; hint: " + strings.NewReplacer("{id}", c.identity(), "{aud}", printable(fmt.Sprint(c.Audience))).Replace(r.hint)
 			break
@@ -725,23 +674,18 @@ func explain(resp *http.Response, said prefix, t token) string {
 	return text
 }
 
-// whose tells a client that left, which fails all else, from what went wrong.
-func whose(r *http.Request, problem string) string {
+// logProblem writes the second line of the request r, for what went wrong with the upstream request
+// req and its answer resp, if there was one. A client that leaves is the cause of all else.
+func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start time.Time, what string) {
 	if r.Context().Err() != nil {
-		return "client left"
+		what = "client left"
 	}
-	return problem
-}
-
-// logProblem writes the second line of a request, for what went wrong. resp may be nil.
-func (f *forwarder) logProblem(req *http.Request, resp *http.Response, start time.Time, what string) {
+	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
+		what += "; apim-request-id " + resp.Header.Get("Apim-Request-Id")
+	}
 	u := req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
 	took := time.Since(start).Round(time.Millisecond)
-	id := ""
-	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
-		id = ", apim-request-id " + printable(resp.Header.Get("Apim-Request-Id"))
-	}
-	log.Printf("%s: %s %s after %v%s", what, req.Method, f.redact(u), took, id)
+	log.Printf("%s %s after %v: %s", req.Method, f.redact(u), took, printable(what))
 }
 
 // redact is a URL for the log: without credentials, and with every byte that could forge a line or

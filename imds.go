@@ -196,21 +196,21 @@ func (s *tokenSource) rejected(t token) {
 
 // source is one place that tokens come from, with one identity.
 type source struct {
-	name     string   // "IMDS"; the fields down to request are those of a row of sources
-	needs    []string // variables whose being set marks it
-	file     string   // a file whose existence marks it
-	endpoint string   // variable that holds the endpoint's URL, or the start of it
-	fallback string   // that URL where the variable is empty
+	name     string   // "IMDS"; the fields from here to request are a row of sources
+	marks    []string // variables that are all set where it is
+	file     string   // or a file that exists there
+	endpoint string   // variable that holds its URL, or the start of it
+	fallback string   // what that is where the variable is empty
 	path     string   // what follows it
-	secret   string   // variable that proves to the endpoint who asks
-	header   string   // header that the secret goes into
+	secret   string   // variable that proves to it who asks
+	header   string   // where the secret goes
 	version  string   // api-version of a GET
-	idParam  string   // parameter that names a user-assigned identity
+	idParam  string   // parameter for the client id of a user-assigned identity
 	request  func(*source, context.Context) (*http.Request, *tokenError)
 
 	getenv       func(string) string
 	url          *url.URL // "http://169.254.169.254/metadata/identity/oauth2/token"
-	clientID     string   // of the user-assigned identity; empty for the system-assigned one
+	clientID     string   // empty for the system-assigned identity
 	clientIDFrom string   // "AZURE_CLIENT_ID"
 	resource     string   // "https://cognitiveservices.azure.com": the scope less its /.default
 	keyDir       string   // where Azure Arc's agent puts the keys of its challenges
@@ -219,83 +219,69 @@ type source struct {
 	sleep        func(context.Context, time.Duration)
 }
 
-const imdsPath = "/metadata/identity/oauth2/token"
-
-// sources are the places that tokens come from, in the order in which the Azure SDKs look for them.
-// The first one that is marked is taken.
+// sources are the places that tokens come from, in the order in which the Azure SDKs look for them;
+// the first that is there is taken.
 var sources = []source{
 	{name: "workload identity", // of AKS
-		needs:    []string{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"},
+		marks:    []string{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"},
 		endpoint: "AZURE_AUTHORITY_HOST", fallback: "https://login.microsoftonline.com",
-		idParam: "client_id", request: (*source).workloadIdentity},
+		request: (*source).workloadIdentity},
 	{name: "Service Fabric", // refused by newSource
-		needs: []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER", "IDENTITY_SERVER_THUMBPRINT"}},
+		marks: []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER", "IDENTITY_SERVER_THUMBPRINT"}},
 	{name: "App Service", // and Functions, Container Apps, Automation
-		needs:    []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER"},
+		marks:    []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER"},
 		endpoint: "IDENTITY_ENDPOINT", secret: "IDENTITY_HEADER", header: "X-IDENTITY-HEADER",
 		version: "2019-08-01", idParam: "client_id", request: (*source).get},
 	{name: "Azure ML", // which has App Service's protocol of 2017
-		needs:    []string{"MSI_ENDPOINT", "MSI_SECRET"},
+		marks:    []string{"MSI_ENDPOINT", "MSI_SECRET"},
 		endpoint: "MSI_ENDPOINT", secret: "MSI_SECRET", header: "Secret",
 		version: "2017-09-01", idParam: "clientid", request: (*source).get},
 	{name: "Cloud Shell",
-		needs:    []string{"MSI_ENDPOINT"},
-		endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
-	{name: "Azure Arc",
-		needs:    []string{"IDENTITY_ENDPOINT", "IMDS_ENDPOINT"},
-		endpoint: "IDENTITY_ENDPOINT", version: "2020-06-01", idParam: "client_id", request: (*source).arc},
-	{name: "Azure Arc", // to a service, which doesn't get the variables
-		file:     arcFile("ProgramFiles", "himds.exe", "/opt/azcmagent/bin/himds"),
-		fallback: "http://127.0.0.1:40342", path: imdsPath,
+		marks: []string{"MSI_ENDPOINT"}, endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
+	{name: "Azure Arc", // a service may lack the variables, if it started before the agent
+		marks:    []string{"IDENTITY_ENDPOINT", "IMDS_ENDPOINT"},
+		file:     arcFile("/opt/azcmagent/bin/himds", "ProgramFiles", "himds.exe"),
+		endpoint: "IDENTITY_ENDPOINT", fallback: "http://127.0.0.1:40342/metadata/identity/oauth2/token",
 		version: "2020-06-01", idParam: "client_id", request: (*source).arc},
-	{name: "IMDS", // of a Container Instance, which sets these two without an IDENTITY_ENDPOINT
-		needs:    []string{"IDENTITY_HEADER", "IDENTITY_SERVER_THUMBPRINT"},
-		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254", path: imdsPath,
-		version: "2018-02-01", idParam: "client_id", request: (*source).get},
-	{name: "IMDS",
-		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254", path: imdsPath,
+	{name: "IMDS", // of virtual machines, AKS nodes and Container Instances
+		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254",
+		path:    "/metadata/identity/oauth2/token",
 		version: "2018-02-01", idParam: "client_id", request: (*source).get},
 }
 
-// halves are variables that make no sense alone, with what must be set beside each.
-var halves = []struct{ name, other string }{
-	{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID and AZURE_CLIENT_ID (workload identity)"},
-	{"IDENTITY_ENDPOINT", "IDENTITY_HEADER (App Service) or IMDS_ENDPOINT (Azure Arc)"},
-	{"IDENTITY_HEADER", "IDENTITY_ENDPOINT (App Service)"},
-	{"IMDS_ENDPOINT", "IDENTITY_ENDPOINT (Azure Arc)"},
-	{"MSI_SECRET", "MSI_ENDPOINT (Azure ML)"},
+// halves are variables that mean nothing unless one of others is set too.
+var halves = []struct {
+	name   string
+	others []string
+}{
+	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_TENANT_ID"}},
+	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_CLIENT_ID"}},
+	{"IDENTITY_ENDPOINT", []string{"IDENTITY_HEADER", "IMDS_ENDPOINT"}},
+	{"IDENTITY_HEADER", []string{"IDENTITY_ENDPOINT", "IDENTITY_SERVER_THUMBPRINT"}}, // the latter: IMDS
+	{"IMDS_ENDPOINT", []string{"IDENTITY_ENDPOINT"}},
+	{"MSI_SECRET", []string{"MSI_ENDPOINT"}},
 }
 
 // newSource picks the source for the environment. Its error names the variables that are wrong.
 func newSource(getenv func(string) string, scope string) (*source, error) {
-	var picked *source
-	explained := make(map[string]bool)
-	for _, s := range sources {
-		unset := func(name string) bool { return getenv(name) == "" }
-		if slices.ContainsFunc(s.needs, unset) || s.file != "" && !exists(s.file) {
-			continue
-		}
-		for _, name := range s.needs {
-			explained[name] = true
-		}
-		if picked == nil {
-			picked = &s
-		}
-	}
+	isSet := func(name string) bool { return getenv(name) != "" }
+	isUnset := func(name string) bool { return getenv(name) == "" }
 	for _, h := range halves {
-		if getenv(h.name) != "" && !explained[h.name] {
-			return nil, fmt.Errorf("%s is set without %s: set both, or neither", h.name, h.other)
+		if isSet(h.name) && !slices.ContainsFunc(h.others, isSet) {
+			return nil, fmt.Errorf("%s is set without %s: set both, or neither", h.name, strings.Join(h.others, " or "))
 		}
 	}
-	s := picked
+	s := sources[slices.IndexFunc(sources, func(s source) bool {
+		return s.file != "" && exists(s.file) || !slices.ContainsFunc(s.marks, isUnset)
+	})]
 	s.getenv, s.now, s.sleep, s.client = getenv, time.Now, sleep, identityClient()
-	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
 	s.resource = strings.TrimSuffix(scope, "/.default")
-	s.keyDir = arcFile("ProgramData", "Tokens", "/var/opt/azcmagent/tokens")
+	s.keyDir = arcFile("/var/opt/azcmagent/tokens", "ProgramData", "Tokens")
+	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
 	switch s.name {
 	case "Service Fabric":
-		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported, as " +
-			"its endpoint is known by a certificate's SHA-1 only; run the proxy on a host with IMDS")
+		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported, as its " +
+			"endpoint is known by a certificate's SHA-1 only; run the proxy on a host with IMDS")
 	case "Cloud Shell":
 		if s.clientID != "" {
 			return nil, errors.New("AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no " +
@@ -309,33 +295,36 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 		s.path = "/" + url.PathEscape(getenv("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
 		s.client.Transport.(*http.Transport).Proxy = http.ProxyFromEnvironment // Entra ID is outside
 	}
-	base := getenv(s.endpoint)
-	if base == "" {
-		base = s.fallback
-	}
-	if s.path != "" {
-		base = strings.TrimRight(base, "/")
-	}
-	u, err := url.Parse(base + s.path)
-	if err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s", s.endpoint, "http://169.254.169.254")
-	}
-	if s.name == "workload identity" && u.Scheme != "https" && !isLoopback(u.Hostname()) {
-		return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
-	}
-	s.url = u
-	return s, nil
+	return &s, s.setURL(getenv(s.endpoint))
 }
 
-// why says what marks the source.
+// setURL takes what the variable s.endpoint holds for the start of the endpoint's URL.
+func (s *source) setURL(raw string) (err error) {
+	if raw == "" {
+		raw = s.fallback
+	}
+	if s.path != "" {
+		raw = strings.TrimRight(raw, "/") + s.path
+	}
+	s.url, err = url.Parse(raw)
+	if err != nil || s.url.Hostname() == "" || s.url.Scheme != "http" && s.url.Scheme != "https" {
+		return fmt.Errorf("%s: not a URL with a host; want one such as http://169.254.169.254", s.endpoint)
+	}
+	if s.name == "workload identity" && s.url.Scheme == "http" && !isLoopback(s.url.Hostname()) {
+		return fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
+	}
+	return nil
+}
+
+// why says what shows that the source is there.
 func (s *source) why() string {
 	switch {
-	case s.file != "":
+	case s.file != "" && exists(s.file):
 		return s.file + " exists"
-	case s.needs != nil:
-		return strings.Join(s.needs, " and ") + " are set"
+	case s.marks != nil:
+		return strings.Join(s.marks, " and ") + " set"
 	}
-	return "no variable of another source is set"
+	return "no variable of another source set"
 }
 
 func exists(file string) bool {
@@ -344,7 +333,7 @@ func exists(file string) bool {
 }
 
 // arcFile is where Azure Arc's agent keeps a file.
-func arcFile(windowsFolder, windowsName, unix string) string {
+func arcFile(unix, windowsFolder, windowsName string) string {
 	if runtime.GOOS == "windows" {
 		return filepath.Join(os.Getenv(windowsFolder), "AzureConnectedMachineAgent", windowsName)
 	}
@@ -444,31 +433,20 @@ func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
 // 4096 bytes right in dir: the endpoint must not get at any other file.
 func readKey(challenge, dir string) (string, error) {
 	path, ok := strings.CutPrefix(challenge, "Basic realm=")
-	if !ok {
-		return "", errors.New("WWW-Authenticate is not Basic realm=PATH")
-	}
-	if path != filepath.Join(dir, filepath.Base(path)) || filepath.Ext(path) != ".key" {
-		return "", fmt.Errorf("it names a file that is no .key file in %s", dir)
+	if !ok || path != filepath.Join(dir, filepath.Base(path)) || filepath.Ext(path) != ".key" {
+		return "", fmt.Errorf("it does not name a .key file in %s", dir)
 	}
 	info, err := os.Lstat(path)
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > 4096) {
+		err = fmt.Errorf("%s is not a regular file of 4096 bytes at most", path)
+	}
 	if err != nil {
 		return "", err
 	}
-	if !info.Mode().IsRegular() || info.Size() > 4096 {
-		return "", fmt.Errorf("%s is no regular file of at most 4096 bytes", path)
-	}
-	f, err := os.Open(path)
+	key, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrPermission) {
-		return "", fmt.Errorf("%w; hint: run as root, or join the group himds", err)
+		err = fmt.Errorf("%w; hint: run as root, or join the group himds", err)
 	}
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	if opened, err := f.Stat(); err != nil || !os.SameFile(info, opened) {
-		return "", fmt.Errorf("%s was replaced while it was opened", path)
-	}
-	key, err := io.ReadAll(io.LimitReader(f, 4096))
 	return string(key), err
 }
 
@@ -526,9 +504,8 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 }
 
 // do sends one request and reads its answer.
-func (s *source) do(ctx context.Context, req *http.Request) (int, http.Header, []byte, *tokenError) {
+func (s *source) do(ctx context.Context, req *http.Request) (status int, header http.Header, body []byte, failure *tokenError) {
 	resp, err := s.client.Do(req.WithContext(ctx))
-	var body []byte
 	if err == nil {
 		defer resp.Body.Close()
 		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
@@ -543,7 +520,7 @@ func (s *source) do(ctx context.Context, req *http.Request) (int, http.Header, [
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("no answer within %v", tryTime)
 	}
-	failure := s.errorf("gave no answer: %v", err)
+	failure = s.errorf("gave no answer: %v", err)
 	failure.transient = true
 	if s.name == "IMDS" {
 		failure.text += "; hint: only Azure hosts have it"

@@ -475,8 +475,8 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("token", failure.text)
 	}
 	c := t.claims()
-	ok("token", "audience %v, tenant %s, object id %s, client id %s, expires %s",
-		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
+	ok("token", "%s", printable(fmt.Sprintf("audience %v, tenant %s, object id %s, client id %s, expires %s",
+		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))))
 
 	u := cfg.target.JoinPath("models")
 	if !strings.Contains(u.Path, "/v1/") { // which has no versions
@@ -501,7 +501,7 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("upstream", unreachable(u.Host, err).Message)
 	}
 	defer resp.Body.Close()
-	said, _ := io.ReadAll(io.LimitReader(resp.Body, 2048))
+	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid))
 	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
 	if resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai") {
 		ok("upstream", "%s (not every service but Azure OpenAI lists its models)", answered)
@@ -512,11 +512,13 @@ func check(getenv func(string) string, out io.Writer) error {
 		return nil
 	}
 	err = fail("upstream", answered)
-	if strings.Contains(answered, roleName) {
+	if strings.Contains(answered, roleName) && objectID.MatchString(c.Object) { // it is for a shell
 		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
 	}
 	return err
 }
+
+var objectID = regexp.MustCompile(`^[0-9A-Fa-f-]{36}$`)
 
 // roleCommand gives the identity its role on the resource whose host begins so.
 const roleCommand = `      az role assignment create --assignee-object-id %s --assignee-principal-type ServicePrincipal \
