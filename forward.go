@@ -239,8 +239,8 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 	if f.key == "" {
 		return true
 	}
-	keys := append(r.Header.Values("Api-Key"), r.Header.Values("X-Api-Key")...)
-	for _, value := range r.Header.Values("Authorization") {
+	keys := slices.Concat(r.Header["Api-Key"], r.Header["X-Api-Key"])
+	for _, value := range r.Header["Authorization"] {
 		if scheme, key, _ := strings.Cut(value, " "); strings.EqualFold(scheme, "Bearer") {
 			keys = append(keys, strings.TrimSpace(key))
 		}
@@ -248,7 +248,7 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 	if upgrade { // a browser's WebSocket cannot set headers
 		query, _ := url.ParseQuery(r.URL.RawQuery)
 		keys = append(keys, query["api-key"]...)
-		for _, protocol := range tokens(r.Header.Values("Sec-Websocket-Protocol")) {
+		for _, protocol := range listed(r.Header["Sec-Websocket-Protocol"]) {
 			if key, ok := strings.CutPrefix(protocol, keyProtocol); ok {
 				keys = append(keys, key)
 			}
@@ -263,24 +263,41 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 	return false
 }
 
-// hasDotSegment tells whether a path, decoded as often as front ends may, has a . or .. segment.
-// With such a path and our token a client would get at every other API of the resource.
+// hasDotSegment tells whether a path, decoded as often as servers on the way may decode it, has a .
+// or .. segment. With such a path and our token a client would get at every other API of the resource.
 func hasDotSegment(path string) bool {
-	for range 3 {
-		path = escapedSpecials.Replace(path)
-	}
-	for _, segment := range strings.Split(path, "/") {
-		name, _, _ := strings.Cut(segment, ";") // what follows is a parameter to some servers
-		if name == "." || name == ".." {
-			return true
+	for range 8 {
+		segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
+		for _, segment := range segments {
+			name, _, _ := strings.Cut(segment, ";") // what follows is a parameter to some servers
+			if name == "." || name == ".." {
+				return true
+			}
 		}
+		decoded := unescape(path)
+		if decoded == path {
+			return false
+		}
+		path = decoded
 	}
-	return false
+	return true // nobody escapes so often with good intent
 }
 
-// escapedSpecials decodes what makes a dot segment; Windows servers take \ for /.
-var escapedSpecials = strings.NewReplacer("%2e", ".", "%2E", ".", "%2f", "/", "%2F", "/",
-	"%5c", "/", "%5C", "/", "\\", "/", "%3b", ";", "%3B", ";", "%25", "%")
+// unescape decodes a path's escapes and leaves alone what is none, as lenient servers do.
+func unescape(path string) string {
+	var out strings.Builder
+	for i := 0; i < len(path); i++ {
+		if path[i] == '%' && i+2 < len(path) {
+			if c, err := strconv.ParseUint(path[i+1:i+3], 16, 8); err == nil {
+				out.WriteByte(byte(c))
+				i += 2
+				continue
+			}
+		}
+		out.WriteByte(path[i])
+	}
+	return out.String()
+}
 
 // rawPath is the path as the client sent it; r.URL.Path has lost the escapes.
 func rawPath(r *http.Request) string {
@@ -327,7 +344,8 @@ func upstreamPath(base, path string) string {
 			break
 		}
 	}
-	return base + path
+	// With two slashes in front it would be a URL with another host to some.
+	return "/" + strings.TrimLeft(base+path, "/")
 }
 
 // upstreamHeader is the client's header less what stays here.
@@ -338,7 +356,7 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 			out[name] = values
 		}
 	}
-	for _, name := range tokens(in["Connection"]) {
+	for _, name := range listed(in["Connection"]) {
 		out.Del(name)
 	}
 	if out["User-Agent"] == nil {
@@ -347,7 +365,7 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 	if upgrade {
 		out["Connection"] = []string{"Upgrade"}
 		out["Upgrade"] = []string{"websocket"}
-		protocols := slices.DeleteFunc(tokens(in["Sec-Websocket-Protocol"]), func(p string) bool {
+		protocols := slices.DeleteFunc(listed(in["Sec-Websocket-Protocol"]), func(p string) bool {
 			return strings.HasPrefix(strings.ToLower(p), keyProtocol)
 		})
 		out["Sec-Websocket-Protocol"] = []string{strings.Join(protocols, ", ")}
@@ -371,7 +389,7 @@ func isForwarded(name string) bool {
 func isWebSocket(r *http.Request) bool {
 	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) &&
 		strings.EqualFold(r.Header.Get("Upgrade"), "websocket") &&
-		slices.ContainsFunc(tokens(r.Header["Connection"]), func(t string) bool {
+		slices.ContainsFunc(listed(r.Header["Connection"]), func(t string) bool {
 			return strings.EqualFold(t, "upgrade")
 		})
 }
@@ -381,15 +399,14 @@ func isSwitch(resp *http.Response) bool {
 		strings.EqualFold(resp.Header.Get("Upgrade"), "websocket")
 }
 
-// tokens splits the comma-separated lists that a header holds.
-func tokens(values []string) []string {
-	var list []string
+// listed are the items of a header that holds comma-separated lists.
+func listed(values []string) (items []string) {
 	for _, value := range values {
-		for _, token := range strings.Split(value, ",") {
-			list = append(list, strings.TrimSpace(token))
+		for _, item := range strings.Split(value, ",") {
+			items = append(items, strings.TrimSpace(item))
 		}
 	}
-	return list
+	return items
 }
 
 // editCredentials gives each credential in a query the value with, or takes it out if that is
@@ -432,7 +449,7 @@ func copyHeader(h http.Header, resp *http.Response) {
 			h[name] = values
 		}
 	}
-	for _, name := range tokens(resp.Header["Connection"]) {
+	for _, name := range listed(resp.Header["Connection"]) {
 		if !strings.EqualFold(name, "Content-Length") { // framing is not theirs to take away
 			h.Del(name)
 		}
