@@ -15,8 +15,13 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/signal"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -127,6 +132,876 @@ func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.buf.String()
+}
+
+// recorder is an upstream that keeps what it was sent and answers 200.
+type recorder struct {
+	mu   sync.Mutex
+	seen []*http.Request
+	body []string
+}
+
+func (u *recorder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if err == nil {
+		u.seen = append(u.seen, r)
+		u.body = append(u.body, string(body))
+	}
+}
+
+// only returns the one request that the upstream got.
+func (u *recorder) only(t *testing.T) (*http.Request, string) {
+	t.Helper()
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.seen) != 1 {
+		t.Fatalf("upstream got %d requests, want 1", len(u.seen))
+	}
+	return u.seen[0], u.body[0]
+}
+
+// startRecorded starts a proxy in front of a recorder.
+func startRecorded(t *testing.T, env map[string]string) (*testProxy, *recorder) {
+	t.Helper()
+	captureLog(t)
+	u := &recorder{}
+	return startProxy(t, newFakeIdentity(t), newUpstream(t, u.ServeHTTP), env), u
+}
+
+// dial connects to the proxy and writes text; {host} stands for the proxy's address. It returns the
+// connection, bounded in time, and a reader of it.
+func (p *testProxy) dial(t *testing.T, text string) (net.Conn, *bufio.Reader) {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.WriteString(conn, strings.ReplaceAll(text, "{host}", p.addr)); err != nil {
+		t.Fatal(err)
+	}
+	return conn, bufio.NewReader(conn)
+}
+
+// do writes one request as text and reads its answer.
+func (p *testProxy) do(t *testing.T, text string) (*http.Response, string) {
+	t.Helper()
+	_, r := p.dial(t, text)
+	method, _, _ := strings.Cut(text, " ")
+	resp, err := http.ReadResponse(r, &http.Request{Method: method})
+	for err == nil && resp.StatusCode == http.StatusContinue {
+		resp, err = http.ReadResponse(r, &http.Request{Method: method})
+	}
+	if err != nil {
+		t.Fatalf("no answer to %q: %v", text, err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("answer to %q cut: %v", text, err)
+	}
+	return resp, string(body)
+}
+
+// rawAnswer is an upstream that reads the request and writes text as its answer, then hangs up.
+func rawAnswer(t testing.TB, text string) *httptest.Server {
+	return newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			io.WriteString(conn, text)
+			conn.Close()
+		}
+	})
+}
+
+const webSocketHead = "Host: {host}\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
+	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+func TestKeyIsCheckedAndStaysHere(t *testing.T) {
+	tests := []struct {
+		name, head string
+		status     int
+	}{
+		{"api-key", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: sesame\r\n", 200},
+		{"x-api-key", "POST /x HTTP/1.1\r\nHost: {host}\r\nX-Api-Key: sesame\r\n", 200},
+		{"bearer", "POST /x HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer sesame\r\n", 200},
+		{"bearer in other case", "POST /x HTTP/1.1\r\nHost: {host}\r\nauthorization: bEARER sesame\r\n", 200},
+		{"second of two", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: wrong\r\nAuthorization: Bearer sesame\r\n", 200},
+		{"upgrade, query", "GET /x?a=1&api-key=sesame&b=2 HTTP/1.1\r\n" + webSocketHead, 200},
+		{"upgrade, subprotocol", "GET /x HTTP/1.1\r\n" + webSocketHead + "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n", 200},
+
+		{"none", "POST /x HTTP/1.1\r\nHost: {host}\r\n", 401},
+		{"wrong", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: sesam\r\n", 401},
+		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key:\r\nAuthorization: Bearer \r\n", 401},
+		{"basic", "POST /x HTTP/1.1\r\nHost: {host}\r\nAuthorization: Basic sesame\r\n", 401},
+		{"query without upgrade", "POST /x?api-key=sesame HTTP/1.1\r\nHost: {host}\r\n", 401},
+	}
+	for _, tt := range tests {
+		for _, key := range []string{"sesame", ""} {
+			t.Run(tt.name+" expecting "+key, func(t *testing.T) {
+				p, upstream := startRecorded(t, map[string]string{"EXPECTED_KEY": key})
+				status := tt.status
+				if key == "" {
+					status = 200 // any key will do, and is stripped all the same
+				}
+				resp, body := p.do(t, tt.head+"\r\n")
+				if resp.StatusCode != status {
+					t.Fatalf("got %d %s, want %d", resp.StatusCode, body, status)
+				}
+				if status == 401 {
+					var answer struct {
+						Error struct{ Message, Type, Code string }
+					}
+					if json.Unmarshal([]byte(body), &answer) != nil || answer.Error.Code != "invalid_api_key" ||
+						!strings.Contains(body, `"param":null`) || resp.Header.Get("WWW-Authenticate") == "" {
+						t.Errorf("got %v %s, want an error in OpenAI's form", resp.Header, body)
+					}
+					return
+				}
+				r, _ := upstream.only(t)
+				if got := r.Header["Authorization"]; len(got) != 1 || got[0] != "Bearer token-1" {
+					t.Errorf("Authorization: got %q, want the token alone", got)
+				}
+				if sent := fmt.Sprint(r.RequestURI, r.Header); strings.Contains(sent, "sesame") {
+					t.Errorf("the key went upstream: %s", sent)
+				}
+			})
+		}
+	}
+}
+
+func TestCredentialsAreCutFromTheQuery(t *testing.T) {
+	tests := []struct{ name, query, upstream string }{
+		{"alone", "api-key=K", ""},
+		{"first", "api-key=K&a=1", "a=1"},
+		{"middle", "a=1&api-key=K&b=2", "a=1&b=2"},
+		{"after a semicolon", "a=1;api-key=K&b=%20", "a=1&b=%20"},
+		{"any case", "a=1&API-Key=K", "a=1"},
+		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
+		{"authorization", "a&Authorization=Bearer%20K", "a"},
+		{"twice", "api-key=K&a=;&api-key=K", "a=;"},
+		{"without a value", "api-key&a=1", "a=1"},
+		{"another name", "my-api-key=K&api-key2=K", "my-api-key=K&api-key2=K"},
+		{"odd bytes", "a=1;b=%zz&&=&c", "a=1;b=%zz&&=&c"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p, upstream := startRecorded(t, nil)
+			p.do(t, "GET /x?"+tt.query+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			if r, _ := upstream.only(t); r.URL.RawQuery != tt.upstream {
+				t.Errorf("got %q, want %q", r.URL.RawQuery, tt.upstream)
+			}
+		})
+	}
+}
+
+func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
+	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|OpenAI-Beta: b|x-stainless-lang: l|" +
+		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: 1|X-Codex-Turn-State: t|" +
+		"x-ms-oai-image-generation-deployment: d|Idempotency-Key: k|traceparent: p|Range: bytes=0-1|extra-parameters: drop"
+	const kept = "Cookie: c|Origin: http://localhost|Referer: r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
+		"X-Real-Ip: i|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
+		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: p|X-Http-Method-Override: DELETE|" +
+		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: none|Upgrade: h2c|" +
+		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: named|X-Unknown: x"
+	p, upstream := startRecorded(t, nil)
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: keep-alive, openai-project, Authorization, Upgrade\r\n"+
+		strings.ReplaceAll(passed+"|"+kept, "|", "\r\n")+"\r\n\r\n")
+	r, _ := upstream.only(t)
+	for _, line := range strings.Split(passed, "|") {
+		name, value, _ := strings.Cut(line, ": ")
+		if got := r.Header.Get(name); got != value {
+			t.Errorf("%s: got %q, want %q", name, got, value)
+		}
+		r.Header.Del(name)
+	}
+	r.Header.Del("Authorization")
+	if len(r.Header) > 0 {
+		t.Errorf("went upstream, too: %v", r.Header)
+	}
+	if want := strings.TrimPrefix(p.forward.target.Host, "http://"); r.Host != want {
+		t.Errorf("Host: got %q, want %q", r.Host, want)
+	}
+}
+
+func TestNothingIsAddedToRequests(t *testing.T) {
+	p, upstream := startRecorded(t, nil)
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	r, _ := upstream.only(t)
+	r.Header.Del("Authorization")
+	if len(r.Header) > 0 {
+		t.Errorf("got %v, want nothing but the token", r.Header)
+	}
+}
+
+func TestPathAndQueryGoAsTheyCame(t *testing.T) {
+	tests := []struct{ name, base, target, upstream string }{
+		{"classic", "/openai/", "/deployments/gpt-4o/chat/completions?api-version=2024-10-21", "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"},
+		{"SDK adds openai", "/openai/", "/openai/v1/responses", "/openai/v1/responses"},
+		{"on segment borders only", "/openai/", "/openaix/y", "/openai/openaix/y"},
+		{"base of two segments", "/openai/v1/", "/openai/v1/models", "/openai/v1/models"},
+		{"last of two segments", "/gateway/openai/", "/openai/models", "/gateway/openai/models"},
+		{"no final slash", "/openai", "/models", "/openai/models"},
+		{"no path", "", "/models", "/models"},
+		{"no path, two slashes", "", "//elsewhere.example/models", "/elsewhere.example/models"},
+		{"escaped slash and space", "/openai/", "/files/a%2Fb%20c", "/openai/files/a%2Fb%20c"},
+		{"escapes beside odd bytes", "/openai/", "/files/a%2Fb\"<>^`{|}", "/openai/files/a%2Fb\"<>^`{|}"},
+		{"unicode, escaped and raw", "/openai/", "/files/%C3%BC\xc3\xbc", "/openai/files/%C3%BC\xc3\xbc"},
+		{"double slash", "/openai/", "/files//a", "/openai/files//a"},
+		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
+		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a", "/openai/x?b=1;a=%zz&a=%20+&a"},
+		{"empty query", "/openai/", "/x?", "/openai/x?"},
+		{"question marks", "/openai/", "/x?a?b=/../c", "/openai/x?a?b=/../c"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			captureLog(t)
+			u := &recorder{}
+			s := newUpstream(t, u.ServeHTTP)
+			p := startProxy(t, newFakeIdentity(t), s, map[string]string{"TARGET_URL": s.URL + tt.base})
+			p.do(t, "GET "+tt.target+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			if r, _ := u.only(t); r.RequestURI != tt.upstream {
+				t.Errorf("got %q, want %q", r.RequestURI, tt.upstream)
+			}
+		})
+	}
+}
+
+func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
+	tests := []struct {
+		name, line string
+		status     int
+	}{
+		{"dot segments", "GET /../metadata", 400},
+		{"dot segment at the end", "GET /a/..", 400},
+		{"single dot", "GET /./a", 400},
+		{"escaped dots", "GET /%2e%2E/metadata", 400},
+		{"escaped slash", "GET /..%2fmetadata", 400},
+		{"back-slash", "GET /..\\metadata", 400},
+		{"escaped back-slash", "GET /a/..%5C..%5cmetadata", 400},
+		{"escaped twice", "GET /%252e%252e/metadata", 400},
+		{"escaped digit by digit", "GET /%25%32%65%25%32%65/metadata", 400},
+		{"escaped many times", "GET /%2525252525252525252525252e./metadata", 400},
+		{"parameter", "GET /..;a=b/metadata", 400},
+		{"after openai", "GET /openai/../metadata", 400},
+		{"absolute-form", "GET http://169.254.169.254/metadata", 400},
+		{"absolute-form of a probe", "GET http://169.254.169.254/", 400},
+		{"CONNECT", "CONNECT elsewhere.example:443", 405},
+		{"CONNECT with a path", "CONNECT /a", 405},
+		{"TRACE", "TRACE /a", 405},
+		{"OPTIONS *", "OPTIONS *", 400},
+	}
+	p, upstream := startRecorded(t, map[string]string{"EXPECTED_KEY": "sesame"})
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			resp, body := p.do(t, tt.line+" HTTP/1.1\r\nHost: {host}\r\napi-key: sesame\r\n\r\n")
+			if resp.StatusCode != tt.status || !strings.HasPrefix(body, `{"error":{"message":`) {
+				t.Errorf("got %d %s, want %d", resp.StatusCode, body, tt.status)
+			}
+		})
+	}
+	if len(upstream.seen) > 0 {
+		t.Errorf("upstream got %d requests, want none", len(upstream.seen))
+	}
+}
+
+func TestWebPagesCannotDriveIt(t *testing.T) {
+	tests := []struct {
+		name, head string
+		status     int
+	}{
+		{"localhost", "Host: localhost", 200},
+		{"localhost and port", "Host: localhost:8081", 200},
+		{"IPv4 literal", "Host: 127.0.0.1:8081", 200},
+		{"IPv6 literal", "Host: [::1]:8081", 200},
+		{"own origin", "Host: localhost:8081\r\nOrigin: http://localhost:8081\r\nSec-Fetch-Site: same-origin", 200},
+		{"typed by the user", "Host: localhost:8081\r\nSec-Fetch-Site: none", 200},
+
+		{"rebound name", "Host: attacker.example:8081", 403},
+		{"name that begins like localhost", "Host: localhost.attacker.example", 403},
+		{"name that ends like localhost", "Host: attacker.localhost", 403},
+		{"any address", "Host: 0.0.0.0:8081", 403},
+		{"empty host", "Host:", 403},
+		{"foreign origin", "Host: localhost\r\nOrigin: https://attacker.example", 403},
+		{"origin with localhost as user", "Host: localhost\r\nOrigin: https://localhost@attacker.example", 403},
+		{"opaque origin", "Host: localhost\r\nOrigin: null", 403},
+		{"second origin", "Host: localhost\r\nOrigin: http://localhost\r\nOrigin: https://attacker.example", 403},
+		{"cross-site", "Host: localhost\r\nSec-Fetch-Site: cross-site", 403},
+		{"same-site", "Host: localhost\r\nSec-Fetch-Site: same-site", 403},
+	}
+	keyless, _ := startRecorded(t, nil)
+	keyed, _ := startRecorded(t, map[string]string{"EXPECTED_KEY": "sesame", "HOST": "127.0.0.1"})
+	upgrade := strings.Replace(webSocketHead, "Host: {host}\r\n", "", 1)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, request := range []string{
+				"GET /x HTTP/1.1\r\n" + tt.head + "\r\n\r\n",
+				"POST /x HTTP/1.1\r\n" + tt.head + "\r\nContent-Length: 1\r\n\r\nx",
+				"GET /x HTTP/1.1\r\n" + tt.head + "\r\n" + upgrade + "\r\n",
+			} {
+				if resp, body := keyless.do(t, request); resp.StatusCode != tt.status {
+					t.Errorf("without a key: got %d %s, want %d", resp.StatusCode, body, tt.status)
+				}
+				request = strings.Replace(request, "\r\n\r\n", "\r\napi-key: sesame\r\n\r\n", 1)
+				if resp, body := keyed.do(t, request); resp.StatusCode != 200 {
+					t.Errorf("with a key: got %d %s, want 200", resp.StatusCode, body)
+				}
+			}
+		})
+	}
+}
+
+func TestRequestBodiesKeepTheirFraming(t *testing.T) {
+	large := strings.Repeat("0123456789abcdef", smallBody/16+1)
+	tests := []struct {
+		name, request, body string
+		length              int64
+	}{
+		{"sized", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 5\r\n\r\nhello", "hello", 5},
+		{"sized and large", fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n\r\n%s", len(large), large), large, int64(len(large))},
+		{"chunked", "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", "hello", -1},
+		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n", "", 0},
+		{"none", "DELETE /x HTTP/1.1\r\nHost: {host}\r\n\r\n", "", 0},
+		{"of a GET", "GET /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
+		{"own method", "BREW /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
+		{"expected", "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
+		{"both framings", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "hello", -1},
+		{"compressed", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Encoding: zstd\r\nContent-Length: 4\r\n\r\n\x28\xb5\x2f\xfd", "\x28\xb5\x2f\xfd", 4},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p, upstream := startRecorded(t, nil)
+			p.do(t, tt.request)
+			r, body := upstream.only(t)
+			if body != tt.body || r.ContentLength != tt.length {
+				t.Errorf("got %d bytes, length %d; want %d bytes, length %d", len(body), r.ContentLength, len(tt.body), tt.length)
+			}
+		})
+	}
+}
+
+func TestBrokenUploadNeverCompletes(t *testing.T) {
+	for _, request := range []string{
+		"POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 5\r\n\r\nhel",
+		"POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000000\r\n\r\nhel",
+		"POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n",
+	} {
+		captureLog(t)
+		upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+			if _, err := io.Copy(io.Discard, r.Body); err == nil {
+				t.Errorf("upstream took %q for complete", request)
+			}
+		})
+		p := startProxy(t, newFakeIdentity(t), upstream, nil)
+		conn, r := p.dial(t, request)
+		conn.(*net.TCPConn).CloseWrite()
+		io.Copy(io.Discard, r) // until the proxy has given up
+		if n := p.forward.active.Load(); n != 0 {
+			t.Errorf("%d requests left", n)
+		}
+	}
+}
+
+func TestAnswersPassUntouched(t *testing.T) {
+	tests := []struct{ name, method, answer, head, body string }{
+		{"sized", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: a/b\r\n\r\nhello", "Content-Length: 5\r\nContent-Type: a/b", "hello"},
+		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
+		{"until close", "GET", "HTTP/1.1 200 OK\r\n\r\nhello", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
+		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n", "Trailer: X-T\r\nTransfer-Encoding: chunked", "5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n"},
+		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "Content-Length: 5", ""},
+		{"204", "GET", "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", "X-A: b", ""},
+		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nEtag: e\r\n\r\n", "Etag: e", ""},
+		{"429", "GET", "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0\r\n\r\n{}", "Content-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0", "{}"},
+		{"529", "GET", "HTTP/1.1 529 status code 529\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"redirect", "POST", "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: https://elsewhere.example/\r\n\r\n", "Content-Length: 0\r\nLocation: https://elsewhere.example/", ""},
+		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4", "\x1f\x8b\x08\x00"},
+		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 0\r\nX-End: e\r\n\r\n", "Content-Length: 0\r\nX-End: e", ""},
+		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b", ""},
+		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no", ""},
+		{"event stream with a choice", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\nX-Accel-Buffering: yes\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: yes", ""},
+		{"early hints", "GET", "HTTP/1.1 103 Early Hints\r\nLink: l\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "Link: l\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0", ""},
+		{"100 unasked", "GET", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			captureLog(t)
+			upstream := rawAnswer(t, strings.Replace(tt.answer, "\r\n\r\n", "\r\nDate: now\r\n\r\n", 1))
+			p := startProxy(t, newFakeIdentity(t), upstream, nil)
+			_, r := p.dial(t, tt.method+" /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+			got, err := io.ReadAll(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			answer := strings.TrimPrefix(tt.answer, "HTTP/1.1 100 Continue\r\n\r\n") // between neighbours only
+			status, _, _ := strings.Cut(answer, "\r\n")
+			want := status + "\r\n" + tt.head + "\r\n\r\n" + tt.body
+			tidy := regexp.MustCompile("(?m)^(Connection: close|Date: .*)\r\n")
+			if got := tidy.ReplaceAllString(string(got), ""); sorted(got) != sorted(want) {
+				t.Errorf("got\n%q, want\n%q", got, want)
+			}
+		})
+	}
+}
+
+// sorted has the header lines of a message in order, as their order is free.
+func sorted(message string) string {
+	head, body, _ := strings.Cut(message, "\r\n\r\n")
+	lines := strings.Split(head, "\r\n")
+	slices.Sort(lines[1:])
+	return strings.Join(lines, "\r\n") + "\r\n\r\n" + body
+}
+
+func TestEachEventArrivesBeforeTheNextIsSent(t *testing.T) {
+	const events = 5
+	heads := []struct{ name, head string }{
+		{"chunked", "Transfer-Encoding: chunked\r\n"},
+		{"sized", fmt.Sprintf("Content-Length: %d\r\n", events*2)},
+		{"until close", ""},
+	}
+	for _, h := range heads {
+		for _, scheme := range []string{"http", "https"} {
+			t.Run(h.name+" "+scheme, func(t *testing.T) {
+				captureLog(t)
+				next := make(chan struct{})
+				handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					conn, _, err := http.NewResponseController(w).Hijack()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer conn.Close()
+					fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\n%s\r\n", h.head)
+					for range events {
+						<-next
+						if h.name == "chunked" {
+							io.WriteString(conn, "2\r\ne\n\r\n")
+						} else {
+							io.WriteString(conn, "e\n")
+						}
+					}
+					<-next
+					if h.name == "chunked" {
+						io.WriteString(conn, "0\r\n\r\n")
+					}
+				})
+				upstream := newUpstream(t, handler)
+				if scheme == "https" {
+					upstream = httptest.NewTLSServer(handler)
+					t.Cleanup(upstream.Close)
+				}
+				p := startProxy(t, newFakeIdentity(t), upstream, nil)
+				_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+				resp, err := http.ReadResponse(r, nil) // the head, before any body
+				if err != nil {
+					t.Fatal(err)
+				}
+				event := make([]byte, 2)
+				for range events {
+					next <- struct{}{}
+					if _, err := io.ReadFull(resp.Body, event); err != nil {
+						t.Fatal(err)
+					}
+				}
+				next <- struct{}{}
+				if rest, err := io.ReadAll(resp.Body); err != nil || len(rest) > 0 {
+					t.Errorf("after the events: %q, %v", rest, err)
+				}
+			})
+		}
+	}
+}
+
+func TestCutAnswerCutsTheClient(t *testing.T) {
+	tests := []struct{ name, version, answer string }{
+		{"chunked", "1.1", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"},
+		{"in a chunk", "1.1", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhello"},
+		{"sized", "1.1", "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello"},
+		{"before the body", "1.1", "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"},
+		{"chunked, to HTTP/1.0", "1.0", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := captureLog(t)
+			p := startProxy(t, newFakeIdentity(t), rawAnswer(t, tt.answer), nil)
+			_, r := p.dial(t, "GET /x HTTP/"+tt.version+"\r\nHost: {host}\r\n\r\n")
+			resp, err := http.ReadResponse(r, nil)
+			if err == nil {
+				_, err = io.ReadAll(resp.Body)
+			}
+			if err == nil {
+				t.Error("the client took a part for the whole")
+			}
+			if !strings.Contains(logged.String(), "answer cut") {
+				t.Errorf("not in the log:\n%s", logged)
+			}
+		})
+	}
+}
+
+func TestClientThatLeavesCancelsTheUpstream(t *testing.T) {
+	for _, name := range []string{"waiting for the head", "in the body"} {
+		t.Run(name, func(t *testing.T) {
+			captureLog(t)
+			called, cancelled := make(chan struct{}), make(chan struct{})
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				if name == "in the body" {
+					w.(http.Flusher).Flush()
+				}
+				close(called)
+				<-r.Context().Done()
+				close(cancelled)
+			})
+			p := startProxy(t, newFakeIdentity(t), upstream, nil)
+			conn, _ := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi")
+			<-called
+			conn.Close()
+			<-cancelled
+		})
+	}
+}
+
+func TestEarlyAnswerPassesWhileTheUploadRuns(t *testing.T) {
+	captureLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex() // or this server would wait for the body
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
+		resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
+		if resp.StatusCode != 413 || body != "too large\n" {
+			t.Errorf("got %d %q, want the upstream's 413", resp.StatusCode, body)
+		}
+	}
+}
+
+// TestImmediateAnswersAreWhole would fail in some of a hundred uploads without full duplex
+// (golang/go#40747).
+func TestImmediateAnswersAreWhole(t *testing.T) {
+	captureLog(t)
+	answer := strings.Repeat("x", 10_000)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		io.WriteString(w, answer[:5000])
+		w.(http.Flusher).Flush()
+		io.Copy(io.Discard, r.Body)
+		io.WriteString(w, answer[5000:])
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	body := bytes.Repeat([]byte("y"), smallBody+1)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for range 50 {
+				resp, err := http.Post(p.url+"/x", "text/plain", bytes.NewReader(body))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got, err := io.ReadAll(resp.Body)
+				resp.Body.Close()
+				if err != nil || string(got) != answer {
+					t.Errorf("got %d bytes, %v; want %d", len(got), err, len(answer))
+				}
+			}
+		}()
+	}
+	wg.Wait()
+}
+
+func TestUnreachableUpstreamIsNamed(t *testing.T) {
+	closed := newUpstream(t, func(http.ResponseWriter, *http.Request) {})
+	closed.Close()
+	untrusted := httptest.NewTLSServer(http.NotFoundHandler())
+	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
+	t.Cleanup(untrusted.Close)
+	tests := []struct{ name, url, want string }{
+		{"refused", closed.URL, "connection failed"},
+		{"certificate", untrusted.URL, "certificate not trusted"},
+		{"hang-up", rawAnswer(t, "").URL, "connection broke"},
+		{"garbage", rawAnswer(t, "\x1b[31mSSH-2.0\r\n\r\n").URL, "connection broke"},
+		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unasked status 101"},
+		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unasked status 000"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := captureLog(t)
+			p := startProxy(t, newFakeIdentity(t), closed, map[string]string{"TARGET_URL": tt.url + "/openai/"})
+			resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			host := strings.SplitN(tt.url, "/", 3)[2]
+			if resp.StatusCode != 502 || !strings.Contains(body, "no answer from "+host) || !strings.Contains(body, tt.want) {
+				t.Errorf("got %d %s, want 502 with %q", resp.StatusCode, body, tt.want)
+			}
+			if !strings.Contains(logged.String(), tt.want) || strings.Contains(logged.String(), "\x1b") {
+				t.Errorf("log: %s", logged)
+			}
+		})
+	}
+	if got := failure(&net.DNSError{Err: "no such host", Name: "x.invalid"}); !strings.HasPrefix(got, "DNS lookup failed") {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
+	captureLog(t)
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		writeJSON(w, 400, `{"error":"invalid_request","error_description":"Identity not found"}`)
+	})
+	p := startProxy(t, identity, newUpstream(t, nil), nil)
+	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	if resp.StatusCode != 503 || !strings.Contains(body, "answered 400: invalid_request: Identity not found") || resp.Header.Get("Retry-After") != "1" {
+		t.Errorf("got %d %v %s", resp.StatusCode, resp.Header, body)
+	}
+}
+
+func TestUpgrades(t *testing.T) {
+	const accepted = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Accept: a\r\n\r\nfirst frame"
+	tests := []struct {
+		name, request, answer string
+		status                int
+		want                  string
+	}{
+		{"accepted", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 101, "first frame"},
+		{"refused", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 4\r\n\r\nnope", 426, "nope"},
+		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked status 101"},
+		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked status 101"},
+		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unasked status 101"},
+		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unasked status 101"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			captureLog(t)
+			p := startProxy(t, newFakeIdentity(t), rawAnswer(t, tt.answer), nil)
+			_, r := p.dial(t, tt.request)
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var body []byte
+			if resp.StatusCode == 101 {
+				body, err = io.ReadAll(r) // the tunnel's bytes, until the upstream hangs up
+			} else {
+				body, err = io.ReadAll(resp.Body)
+			}
+			if err != nil || resp.StatusCode != tt.status || !strings.Contains(string(body), tt.want) {
+				t.Errorf("got %d %q %v, want %d %q", resp.StatusCode, body, err, tt.status, tt.want)
+			}
+		})
+	}
+}
+
+func TestRealtimeEchoThroughTheTunnel(t *testing.T) {
+	for _, scheme := range []string{"http", "https"} {
+		t.Run(scheme, func(t *testing.T) {
+			captureLog(t)
+			identity := newFakeIdentity(t)
+			azure := &fakeAzure{identity: identity}
+			upstream := newUpstream(t, azure.ServeHTTP)
+			if scheme == "https" {
+				upstream = httptest.NewTLSServer(azure)
+				t.Cleanup(upstream.Close)
+			}
+			p := startProxy(t, identity, upstream, map[string]string{"EXPECTED_KEY": "sesame"})
+			// The first frame follows the head at once, as some clients send it.
+			conn, r := p.dial(t, "GET /realtime?api-key=sesame HTTP/1.1\r\n"+webSocketHead+
+				"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n\r\n\x81\x05hello")
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil || resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Protocol") != "realtime" ||
+				resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
+				t.Fatalf("got %+v, %v", resp, err)
+			}
+			if _, greeting, err := readFrame(r); err != nil || !strings.Contains(string(greeting), "session.created") {
+				t.Fatalf("got %q, %v", greeting, err)
+			}
+			if _, echo, err := readFrame(r); err != nil || string(echo) != "hello" {
+				t.Fatalf("got %q, %v", echo, err)
+			}
+			writeFrame(conn, 8, nil)
+			if opcode, _, err := readFrame(r); err != nil || opcode != 8 {
+				t.Fatalf("got opcode %d, %v; want the close frame", opcode, err)
+			}
+			if _, err := r.ReadByte(); err != io.EOF {
+				t.Errorf("got %v, want the connection closed", err)
+			}
+		})
+	}
+}
+
+func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
+	logged := captureLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Apim-Request-Id", "id-1")
+		writeJSON(w, 404, `{"error":{"code":"DeploymentNotFound"}}`)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, map[string]string{"EXPECTED_KEY": "open sesame"})
+	conn, r := p.dial(t, "GET /v1/open%20sesame/\xe2\x80\xa8\xc2\x9b?api-key=open+sesame&API%2Dkey=other1&x=%6fpen%20sesame;authorization=other2 HTTP/1.1\r\n"+
+		"Host: {host}\r\napi-key: open sesame\r\nAuthorization: Bearer other3\r\n\r\n")
+	if _, err := http.ReadResponse(r, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.do(t, "POST /deployments/gpt-4o?api-version=1 HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\napi-key: open sesame\r\n\r\n")
+	text := logged.String()
+	for _, secret := range []string{"sesame", "other1", "other2", "other3", "token-1", "\xe2\x80\xa8", "\xc2\x9b"} {
+		if strings.Contains(text, secret) {
+			t.Errorf("%q is in the log:\n%s", secret, text)
+		}
+	}
+	arrival := regexp.MustCompile(`(?m)^[0-9/]+ [0-9:]+ POST /deployments/gpt-4o\?api-version=1 from 127\.0\.0\.1:\d+$`)
+	problem := regexp.MustCompile(`(?m)POST http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered 404 Not Found; ` +
+		`hint: there is no deployment of this name.*; apim-request-id id-1$`)
+	if !arrival.MatchString(text) || !problem.MatchString(text) {
+		t.Errorf("got\n%s", text)
+	}
+	conn.Close()
+}
+
+func TestHeadersOver64KiBAreRefused(t *testing.T) {
+	p, _ := startRecorded(t, nil)
+	ok, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+strings.Repeat("a", 60_000)+"\r\n\r\n")
+	tooLarge, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+strings.Repeat("a", 70_000)+"\r\n\r\n")
+	if ok.StatusCode != 200 || tooLarge.StatusCode != 431 {
+		t.Errorf("got %d and %d, want 200 and 431", ok.StatusCode, tooLarge.StatusCode)
+	}
+}
+
+func TestUpstreamHints(t *testing.T) {
+	const jwt = "e30.eyJhdWQiOiJodHRwczovL2EuZXhhbXBsZSIsIm9pZCI6IjEyMyJ9.sig"
+	tests := []struct {
+		status       int
+		answer, want string
+	}{
+		{401, `{"error":{"code":"PermissionDenied","message":"The principal lacks the required data action"}}`, "object id 123 lacks the role Cognitive Services OpenAI User"},
+		{401, `{"error":{"message":"Access token is missing, invalid, audience is incorrect"}}`, "the token is for https://a.example, the wrong audience"},
+		{403, `{"error":{"message":"Access denied due to Virtual Network/Firewall rules."}}`, "network rules refuse this host"},
+		{404, `{"error":{"code":"DeploymentNotFound"}}`, "no deployment of this name"},
+		{404, `{"error":{"code":"404","message":"Resource not found"}}`, "no such path"},
+		{400, `Please provide a custom subdomain for token authentication`, "a regional endpoint takes no tokens"},
+		{429, ``, "Retry-After: 7"},
+	}
+	for _, tt := range tests {
+		resp := &http.Response{StatusCode: tt.status, Status: strconv.Itoa(tt.status), Header: http.Header{}}
+		if tt.status == 429 {
+			resp.Header.Set("Retry-After", "7")
+		}
+		if got := explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt}); !strings.Contains(got, tt.want) {
+			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
+		}
+	}
+}
+
+// TestNothingOutlivesItsRequest mixes streams, aborts, uploads and upgrades, and counts what is left.
+func TestNothingOutlivesItsRequest(t *testing.T) {
+	captureLog(t)
+	identity := newFakeIdentity(t)
+	azure := &fakeAzure{identity: identity}
+	p := startProxy(t, identity, newUpstream(t, azure.ServeHTTP), nil)
+	before := runtime.NumGoroutine()
+	const stream = `{"stream":true}`
+	requests := []string{
+		"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 15\r\n\r\n" + stream,
+		"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9999999\r\n\r\n" + stream,
+		"POST /v1/responses HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n" + stream,
+		"GET /v1/realtime HTTP/1.1\r\n" + webSocketHead + "\r\n",
+		"GET /../x HTTP/1.1\r\nHost: {host}\r\n\r\n",
+		"\x16\x03\x01 garbage\r\n\r\n",
+	}
+	var wg sync.WaitGroup
+	for i := range 120 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			conn, r := p.dial(t, requests[i%len(requests)])
+			if i%4 == 0 {
+				r.ReadByte()
+			}
+			conn.Close()
+		}()
+	}
+	wg.Wait()
+	deadline := time.Now().Add(20 * time.Second)
+	for p.forward.active.Load() > 0 || runtime.NumGoroutine() > before {
+		if time.Now().After(deadline) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d requests and %d goroutines, %d before\n%s", p.forward.active.Load(), runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+		}
+		p.forward.transport.CloseIdleConnections()
+		runtime.Gosched()
+	}
+}
+
+func FuzzPath(f *testing.F) {
+	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x", "/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai"} {
+		f.Add(target)
+	}
+	f.Fuzz(func(t *testing.T, target string) {
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET " + target + " HTTP/1.1\r\nHost: localhost\r\n\r\n")))
+		if err != nil {
+			return
+		}
+		for _, base := range []string{"https://a.example/openai/", "https://a.example/"} {
+			u, err := parseTarget(base)
+			if err != nil {
+				t.Fatal(err)
+			}
+			forward := &forwarder{target: u}
+			if forward.check(r, false) != nil {
+				continue
+			}
+			req, err := forward.upstreamRequest(r, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			line := req.URL.RequestURI()
+			if req.URL.Host != "a.example" || !strings.HasPrefix(line, u.Path) || strings.HasPrefix(line, "//") {
+				t.Errorf("%q leaves %s: %q", target, base, line)
+			}
+			path, query, _ := strings.Cut(line, "?")
+			for range 5 {
+				for _, segment := range strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' }) {
+					if segment == ".." || segment == "." {
+						t.Errorf("%q climbs: %q", target, line)
+					}
+				}
+				if decoded, err := url.PathUnescape(path); err == nil {
+					path = decoded
+				}
+			}
+			if values, _ := url.ParseQuery(query); values.Has("api-key") {
+				t.Errorf("%q keeps its key: %q", target, line)
+			}
+		}
+	})
+}
+
+func FuzzRequestHeader(f *testing.F) {
+	f.Add("Cookie", "c", "close")
+	f.Add("X-MS-TOKEN-AAD-ID-TOKEN", "t", "x-ms-client-request-id")
+	f.Add("Sec-WebSocket-Protocol", "a,OpenAI-insecure-api-key.K, b", "upgrade")
+	f.Fuzz(func(t *testing.T, name, value, connection string) {
+		head := "GET / HTTP/1.1\r\nHost: h\r\n" + name + ": " + value + "\r\nConnection: " + connection + "\r\n\r\n"
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(head)))
+		if err != nil {
+			return
+		}
+		for _, upgrade := range []bool{false, true} {
+			for name, values := range upstreamHeader(r.Header, upgrade) {
+				lower := strings.ToLower(name)
+				if strings.Contains(lower, "api-key") || strings.Contains(lower, "cookie") || lower == "authorization" ||
+					strings.HasPrefix(lower, "x-ms-token-") || strings.HasPrefix(lower, "x-ms-client-principal") ||
+					strings.HasPrefix(lower, "x-forwarded-") || lower == "transfer-encoding" || lower == "content-length" ||
+					strings.Contains(strings.ToLower(strings.Join(values, ",")), "openai-insecure-api-key.") && lower == "sec-websocket-protocol" {
+					t.Errorf("%s: %q went upstream", name, values)
+				}
+			}
+		}
+	})
 }
 
 var demo = flag.Bool("demo", false, "run the demo until Ctrl-C")
