@@ -901,7 +901,8 @@ func TestNothingOutlivesItsRequest(t *testing.T) {
 	captureLog(t)
 	identity := newFakeIdentity(t)
 	azure := &fakeAzure{identity: identity}
-	p := startProxy(t, identity, newUpstream(t, azure.ServeHTTP), nil)
+	p := startProxy(t, identity, newUpstream(t, azure.ServeHTTP), map[string]string{"HOST": "127.0.0.1"})
+	p.do(t, "GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n") // all has started
 	before := runtime.NumGoroutine()
 	const stream = `{"stream":true}`
 	requests := []string{
@@ -918,7 +919,7 @@ func TestNothingOutlivesItsRequest(t *testing.T) {
 		go func() {
 			defer wg.Done()
 			conn, r := p.dial(t, requests[i%len(requests)])
-			if i%4 == 0 {
+			if i%4 == 0 && i%len(requests) != 2 { // whose upload has no end, and so no answer
 				r.ReadByte()
 			}
 			conn.Close()
