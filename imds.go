@@ -23,7 +23,7 @@ import (
 )
 
 // How long a fetch may take and its failure is remembered. The pauses between tries are 0.8, 1.6,
-// 3.2 and 6.4 s, each ±20 %: Microsoft's advice ("How to use managed identities for Azure resources
+// 3.2 s and so on, each ±20 %: Microsoft's advice ("How to use managed identities for Azure resources
 // on an Azure VM to acquire an access token"), cut to what a waiting client bears.
 const (
 	tryTime       = 10 * time.Second // one request to the identity endpoint, its answer read
@@ -214,7 +214,8 @@ type source struct {
 	clientIDFrom string   // "AZURE_CLIENT_ID"
 	resource     string   // "https://cognitiveservices.azure.com": the scope less its /.default
 	keyDir       string   // where Azure Arc's agent puts the keys of its challenges
-	client       *http.Client
+	proof        string   // the key or token last read from a file, to be kept out of errors
+	transport    http.RoundTripper
 	now          func() time.Time
 	sleep        func(context.Context, time.Duration)
 }
@@ -274,7 +275,8 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 	s := sources[slices.IndexFunc(sources, func(s source) bool {
 		return s.file != "" && exists(s.file) || !slices.ContainsFunc(s.marks, isUnset)
 	})]
-	s.getenv, s.now, s.sleep, s.client = getenv, time.Now, sleep, identityClient()
+	transport := identityTransport()
+	s.getenv, s.now, s.sleep, s.transport = getenv, time.Now, sleep, transport
 	s.resource = strings.TrimSuffix(scope, "/.default")
 	s.keyDir = arcFile("/var/opt/azcmagent/tokens", "ProgramData", "Tokens")
 	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
@@ -293,7 +295,7 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 		}
 	case "workload identity":
 		s.path = "/" + url.PathEscape(getenv("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
-		s.client.Transport.(*http.Transport).Proxy = http.ProxyFromEnvironment // Entra ID is outside
+		transport.Proxy = http.ProxyFromEnvironment // Entra ID is outside
 	}
 	return &s, s.setURL(getenv(s.endpoint))
 }
@@ -320,11 +322,11 @@ func (s *source) setURL(raw string) (err error) {
 func (s *source) why() string {
 	switch {
 	case s.file != "" && exists(s.file):
-		return s.file + " exists"
+		return "marked by " + s.file
 	case s.marks != nil:
-		return strings.Join(s.marks, " and ") + " set"
+		return "marked by " + strings.Join(s.marks, " and ")
 	}
-	return "no variable of another source set"
+	return "no variable marks another source"
 }
 
 func exists(file string) bool {
@@ -340,17 +342,14 @@ func arcFile(unix, windowsFolder, windowsName string) string {
 	return unix
 }
 
-// identityClient speaks to identity endpoints: straight, whatever proxy the environment names, and
-// never on to where an endpoint redirects, as the request carries a secret.
-func identityClient() *http.Client {
-	return &http.Client{
-		Transport: &http.Transport{
-			Proxy:                  nil,
-			DisableKeepAlives:      true, // a request in hours
-			DisableCompression:     true,
-			MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+// identityTransport speaks to identity endpoints: straight, whatever proxy the environment names, and
+// never on to where an endpoint redirects (a transport doesn't), as the request carries a secret.
+func identityTransport() *http.Transport {
+	return &http.Transport{
+		Proxy:                  nil,
+		DisableKeepAlives:      true, // a request in hours
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
 	}
 }
 
@@ -379,19 +378,21 @@ func (s *source) get(context.Context) (*http.Request, *tokenError) {
 	return req, nil
 }
 
-func (s *source) post(form url.Values) (*http.Request, *tokenError) {
+func (s *source) post(form url.Values) *http.Request {
 	body := form.Encode()
 	return &http.Request{
 		Method:        http.MethodPost,
 		URL:           s.url,
-		Header:        http.Header{"Metadata": {"true"}, "Content-Type": {"application/x-www-form-urlencoded"}},
+		Header:        http.Header{"Content-Type": {"application/x-www-form-urlencoded"}},
 		Body:          io.NopCloser(strings.NewReader(body)),
 		ContentLength: int64(len(body)),
-	}, nil
+	}
 }
 
 func (s *source) cloudShell(context.Context) (*http.Request, *tokenError) {
-	return s.post(url.Values{"resource": {s.resource}})
+	req := s.post(url.Values{"resource": {s.resource}})
+	req.Header.Set("Metadata", "true")
+	return req, nil
 }
 
 // workloadIdentity exchanges the token that Kubernetes puts into the pod, and renews there within
@@ -401,13 +402,14 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 	if err != nil {
 		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
 	}
+	s.proof = string(assertion)
 	return s.post(url.Values{
 		"client_id":             {s.clientID},
 		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
 		"grant_type":            {"client_credentials"},
 		"client_assertion_type": {"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"},
-		"client_assertion":      {string(assertion)},
-	})
+		"client_assertion":      {s.proof},
+	}), nil
 }
 
 // arc answers the challenge of Azure Arc's agent: to show the content of a file that only root and
@@ -425,6 +427,7 @@ func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
 	if err != nil {
 		return nil, s.errorf("sent a challenge that cannot be met: %v", err)
 	}
+	s.proof = key
 	req.Header.Set("Authorization", "Basic "+key)
 	return req, nil
 }
@@ -446,6 +449,9 @@ func readKey(challenge, dir string) (string, error) {
 	key, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrPermission) {
 		err = fmt.Errorf("%w; hint: run as root, or join the group himds", err)
+	}
+	if err == nil && !isASCII(string(key)) {
+		err = fmt.Errorf("%s has bytes that a header cannot carry", path)
 	}
 	return string(key), err
 }
@@ -505,17 +511,13 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 
 // do sends one request and reads its answer.
 func (s *source) do(ctx context.Context, req *http.Request) (status int, header http.Header, body []byte, failure *tokenError) {
-	resp, err := s.client.Do(req.WithContext(ctx))
+	resp, err := s.transport.RoundTrip(req.WithContext(ctx))
 	if err == nil {
 		defer resp.Body.Close()
 		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	}
 	if err == nil {
 		return resp.StatusCode, resp.Header, body, nil
-	}
-	var inURL *url.Error
-	if errors.As(err, &inURL) {
-		err = inURL.Err // the URL may hold a secret
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("no answer within %v", tryTime)
@@ -530,6 +532,9 @@ func (s *source) do(ctx context.Context, req *http.Request) (status int, header 
 
 // refusal is the error for an answer other than 200, in the endpoint's own words.
 func (s *source) refusal(status int, header http.Header, body []byte) *tokenError {
+	if status < 300 {
+		body = nil // it may hold a token
+	}
 	e := s.errorf("answered %d: %s", status, words(body))
 	e.retryAfter = retryAfter(header, s.now())
 	switch {
@@ -555,41 +560,44 @@ var hints = []struct{ text, hint string }{
 	{"AADSTS500011", "correct AZURE_OPENAI_SCOPE"},
 }
 
-// errorf makes an error that names who was asked for which identity, and no secret, should the
-// endpoint have repeated one.
+// errorf makes an error that names who was asked for which identity: one line of some hundred
+// bytes, without the secrets, should the endpoint have repeated one.
 func (s *source) errorf(format string, args ...any) *tokenError {
-	text := s.name + " at " + s.url.Host + " " + fmt.Sprintf(format, args...)
+	text := fmt.Sprintf(format, args...)
+	for _, secret := range []string{s.getenv(s.secret), s.proof} {
+		if secret != "" {
+			text = strings.ReplaceAll(text, secret, "REDACTED")
+		}
+	}
+	text = text[:min(len(text), 500)] // only now, or the start of a secret could stay
+	text = s.name + " at " + s.url.Host + " " + strings.TrimSpace(printable(text))
 	if s.clientID != "" {
 		text += " (client_id " + s.clientID + ", from " + s.clientIDFrom + ")"
 	}
-	if secret := s.getenv(s.secret); secret != "" {
-		text = strings.ReplaceAll(text, secret, "REDACTED")
-	}
-	return &tokenError{text: printable(text)}
+	return &tokenError{text: text}
 }
 
-// words is what an endpoint says about its refusal: error_description, message or error.message
-// of a JSON answer, the text of any other; 500 bytes at most.
+// words is what an endpoint says about its refusal: its JSON's error and error_description, message
+// or error.message, or else all of it.
 func words(body []byte) string {
 	var a struct {
 		Error       any
 		Description string `json:"error_description"`
 		Message     string
 	}
-	text := string(body)
-	if json.Unmarshal(body, &a) == nil {
-		text = a.Message
-		switch e := a.Error.(type) {
-		case string:
-			text = strings.TrimPrefix(e+": "+a.Description, ": ")
-		case map[string]any:
-			text = fmt.Sprint(e["code"], ": ", e["message"])
+	if json.Unmarshal(body, &a) != nil {
+		return string(body)
+	}
+	if e, ok := a.Error.(map[string]any); ok {
+		a.Error, a.Message = e["code"], fmt.Sprint(e["message"])
+	}
+	var said []string
+	for _, part := range []any{a.Error, a.Description, a.Message} {
+		if text := fmt.Sprint(part); part != nil && text != "" {
+			said = append(said, text)
 		}
 	}
-	if len(text) > 500 {
-		text = text[:500]
-	}
-	return strings.TrimSpace(printable(text))
+	return strings.Join(said, ": ")
 }
 
 // printable is s with a space for whatever could forge a log line or hide in it.
@@ -695,8 +703,8 @@ func scalar(raw json.RawMessage) string {
 var dateLayouts = []string{
 	time.RFC3339,
 	"2006-01-02 15:04:05",
-	"01/02/2006 15:04:05",
-	"01/02/2006 15:04:05 -07:00",
+	"1/2/2006 15:04:05",
+	"1/2/2006 15:04:05 -07:00",
 	"1/2/2006 3:04:05 PM -07:00",
 }
 

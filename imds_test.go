@@ -1,11 +1,18 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -59,4 +66,1090 @@ func tokenAnswer(token string, life time.Duration) string {
 	return fmt.Sprintf(`{"access_token":%q,"client_id":"00000000-0000-0000-0000-000000000001","expires_in":"%d",`+
 		`"expires_on":"%d","resource":"https://cognitiveservices.azure.com","token_type":"Bearer"}`,
 		token, int(life.Seconds()), time.Now().Add(life).Unix())
+}
+
+// fakeClock moves only when it is told to. It starts months off the clock of the fakes.
+type fakeClock struct {
+	mu     sync.Mutex
+	time   time.Time
+	pauses []time.Duration // between tries; they take no time
+}
+
+func (c *fakeClock) now() time.Time { return c.advance(0) }
+
+func (c *fakeClock) advance(d time.Duration) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.time = c.time.Add(d)
+	return c.time
+}
+
+func (c *fakeClock) sleep(_ context.Context, d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pauses = append(c.pauses, d)
+}
+
+// Environments: NAME=value NAME=value, where URL is the fake's.
+const (
+	imdsEnv       = "AZURE_POD_IDENTITY_AUTHORITY_HOST=URL"
+	appServiceEnv = "IDENTITY_ENDPOINT=URL/msi IDENTITY_HEADER=s3cret"
+	arcEnv        = "IDENTITY_ENDPOINT=URL/arc IMDS_ENDPOINT=URL"
+	workloadEnv   = "AZURE_AUTHORITY_HOST=URL/ AZURE_TENANT_ID=tenant AZURE_CLIENT_ID=c1 AZURE_FEDERATED_TOKEN_FILE="
+)
+
+// pickSource picks the source for env as the program does. himds is where Azure Arc's agent is.
+func pickSource(t testing.TB, env, himds string) (*source, error) {
+	t.Helper()
+	vars := make(map[string]string)
+	for _, field := range strings.Fields(env) {
+		name, value, _ := strings.Cut(field, "=")
+		vars[name] = value
+	}
+	all := sources
+	defer func() { sources = all }()
+	sources = slices.Clone(all)
+	for i := range sources {
+		if sources[i].file != "" {
+			sources[i].file = himds
+		}
+	}
+	return newSource(func(name string) string { return vars[name] }, "https://cognitiveservices.azure.com/.default")
+}
+
+func newTestSource(t testing.TB, f *fakeIdentity, env string) (*source, *fakeClock) {
+	t.Helper()
+	s, err := pickSource(t, strings.ReplaceAll(env, "URL", f.URL), "/nowhere")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	s.now, s.sleep, s.keyDir = c.now, c.sleep, t.TempDir()
+	return s, c
+}
+
+func newTestTokens(t testing.TB, f *fakeIdentity, env string) (*tokenSource, *fakeClock) {
+	t.Helper()
+	s, c := newTestSource(t, f, env)
+	t.Cleanup(func() { c.advance(1e4 * time.Hour) }) // past every token: no timer fetches after the test
+	return &tokenSource{fetch: s.fetch, now: c.now}, c
+}
+
+// want asserts which token a request gets; an empty one is none. It returns the error.
+func (s *tokenSource) want(t testing.TB, token string) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second) // instead of a deadlock
+	defer cancel()
+	got, err := s.token(ctx)
+	if strings.TrimPrefix(got.authorization, "Bearer ") != token || (err == nil) != (token != "") {
+		t.Fatalf("got %q, %v; want %q", got.authorization, err, token)
+	}
+	return err
+}
+
+// land waits for the end of the fetch under way.
+func (s *tokenSource) land() {
+	s.mu.Lock()
+	flight := s.flight
+	s.mu.Unlock()
+	if flight != nil {
+		<-flight
+	}
+}
+
+func (f *fakeIdentity) wantFetches(t testing.TB, want int64) {
+	t.Helper()
+	if got := f.fetches.Load(); got != want {
+		t.Fatalf("the endpoint was asked %d times, want %d", got, want)
+	}
+}
+
+// refuse answers with status and body, and a Retry-After unless that is empty.
+func refuse(status int, retryAfter, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		if retryAfter != "" {
+			w.Header().Set("Retry-After", retryAfter)
+		}
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	}
+}
+
+// answerRaw answers with the bytes of text and hangs up.
+func answerRaw(text string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, _ := http.NewResponseController(w).Hijack()
+		io.WriteString(conn, text)
+		conn.Close()
+	}
+}
+
+// arcAgent gives a token to whoever answers its challenge, and notes the keys it is shown.
+func arcAgent(challenge string, shown chan<- string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		key := r.Header.Get("Authorization")
+		if key == "" {
+			w.Header().Set("WWW-Authenticate", challenge)
+			w.WriteHeader(401)
+			return
+		}
+		shown <- key
+		fmt.Fprint(w, tokenAnswer("token", time.Hour))
+	}
+}
+
+func writeFile(t testing.TB, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSourceIsTheOneTheEnvironmentMarks(t *testing.T) {
+	himds := filepath.Join(t.TempDir(), "himds")
+	writeFile(t, himds, "")
+	const (
+		none     = "/nowhere"
+		workload = "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t AZURE_CLIENT_ID=c "
+		fabric   = "IDENTITY_ENDPOINT=https://127.0.0.1/sf IDENTITY_HEADER=s IDENTITY_SERVER_THUMBPRINT=p "
+		app      = "IDENTITY_ENDPOINT=http://127.0.0.1/app?a=b IDENTITY_HEADER=s "
+		ml       = "MSI_ENDPOINT=http://127.0.0.1/ml MSI_SECRET=s "
+		shell    = "MSI_ENDPOINT=http://127.0.0.1/cs "
+		arc      = "IDENTITY_ENDPOINT=http://127.0.0.1/arc IMDS_ENDPOINT=http://127.0.0.1 "
+		imds     = "http://169.254.169.254/metadata/identity/oauth2/token"
+	)
+	for _, tt := range []struct{ name, env, himds, want string }{
+		{"workload identity", workload, none, "workload identity https://login.microsoftonline.com/t/oauth2/v2.0/token marked by AZURE_FEDERATED_TOKEN_FILE and AZURE_TENANT_ID and AZURE_CLIENT_ID"},
+		{"workload identity of a sovereign cloud", workload + "AZURE_AUTHORITY_HOST=https://login.microsoftonline.us/", none, "workload identity https://login.microsoftonline.us/t/oauth2/v2.0/token"},
+		{"workload identity before Service Fabric", workload + fabric, none, "workload identity https"},
+		{"App Service", app, none, "App Service http://127.0.0.1/app?a=b marked by IDENTITY_ENDPOINT and IDENTITY_HEADER"},
+		{"App Service before Azure ML, as it sets both", app + ml, none, "App Service http"},
+		{"App Service before Azure Arc", arc + "IDENTITY_HEADER=s", none, "App Service http"},
+		{"Azure ML", ml, none, "Azure ML http://127.0.0.1/ml marked by MSI_ENDPOINT and MSI_SECRET"},
+		{"Azure ML before Azure Arc", ml + arc, himds, "Azure ML http"},
+		{"Cloud Shell", shell, none, "Cloud Shell http://127.0.0.1/cs marked by MSI_ENDPOINT"},
+		{"Cloud Shell before Azure Arc", shell + arc, himds, "Cloud Shell http"},
+		{"Azure Arc", arc, none, "Azure Arc http://127.0.0.1/arc marked by IDENTITY_ENDPOINT and IMDS_ENDPOINT"},
+		{"Azure Arc by its agent", "", himds, "Azure Arc http://127.0.0.1:40342/metadata/identity/oauth2/token marked by " + himds},
+		{"Container Instance", "IDENTITY_HEADER=s IDENTITY_SERVER_THUMBPRINT=p", none, "IMDS " + imds + " no variable marks another source"},
+		{"IMDS", "", none, "IMDS " + imds + " no variable marks another source"},
+		{"IMDS with a user-assigned identity", "AZURE_CLIENT_ID=c", none, "IMDS " + imds},
+		{"IMDS elsewhere", "AZURE_POD_IDENTITY_AUTHORITY_HOST=http://127.0.0.1:9//", none, "IMDS http://127.0.0.1:9/metadata/identity/oauth2/token"},
+		{"empty is unset", "IDENTITY_ENDPOINT= IDENTITY_HEADER= MSI_ENDPOINT= AZURE_CLIENT_ID= AZURE_TENANT_ID=t", none, "IMDS " + imds},
+
+		{"Service Fabric", fabric, none, "error: IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported"},
+		{"Cloud Shell with a user-assigned identity", shell + "AZURE_CLIENT_ID=c", none, "error: AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no user-assigned identities"},
+		{"workload identity by half", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t", none, "error: AZURE_FEDERATED_TOKEN_FILE is set without AZURE_CLIENT_ID"},
+		{"endpoint without header", "IDENTITY_ENDPOINT=http://127.0.0.1", none, "error: IDENTITY_ENDPOINT is set without IDENTITY_HEADER or IMDS_ENDPOINT"},
+		{"header without endpoint", "IDENTITY_HEADER=s", none, "error: IDENTITY_HEADER is set without IDENTITY_ENDPOINT"},
+		{"Azure Arc by half", "IMDS_ENDPOINT=http://127.0.0.1", none, "error: IMDS_ENDPOINT is set without IDENTITY_ENDPOINT"},
+		{"Azure ML by half", "MSI_SECRET=s", none, "error: MSI_SECRET is set without MSI_ENDPOINT"},
+		{"one source whole, another by half", workload + "MSI_SECRET=s", none, "error: MSI_SECRET is set without MSI_ENDPOINT"},
+		{"not a URL", "AZURE_POD_IDENTITY_AUTHORITY_HOST=169.254.169.254", none, "error: AZURE_POD_IDENTITY_AUTHORITY_HOST: not a URL with a host"},
+		{"another scheme", "MSI_ENDPOINT=ftp://127.0.0.1", none, "error: MSI_ENDPOINT: not a URL"},
+		{"authority in the clear", workload + "AZURE_AUTHORITY_HOST=http://login.example", none, "error: AZURE_AUTHORITY_HOST: want https"},
+	} {
+		s, err := pickSource(t, tt.env, tt.himds)
+		got := fmt.Sprint("error: ", err)
+		if err == nil {
+			got = s.name + " " + s.url.String() + " " + s.why()
+		}
+		if !strings.HasPrefix(got, tt.want) {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestStartUpLogNamesTheSource(t *testing.T) {
+	log := captureLog(t)
+	cfg, err := loadConfig(func(name string) string {
+		return map[string]string{"TARGET_URL": "http://127.0.0.1/openai/", "MSI_ENDPOINT": "http://127.0.0.1:9/ml", "MSI_SECRET": "s3cret"}[name]
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	newProxy(cfg).logStart(nil)
+	const want = "tokens for https://cognitiveservices.azure.com/.default come from Azure ML at 127.0.0.1:9, marked by MSI_ENDPOINT and MSI_SECRET\n"
+	if got := log.String(); strings.Count(got, want) != 1 || strings.Contains(got, "s3cret") {
+		t.Errorf("got %q, want %q in it", got, want)
+	}
+}
+
+func TestEachSourceIsAskedItsOwnWay(t *testing.T) {
+	const r = "resource=https%3A%2F%2Fcognitiveservices.azure.com"
+	const federated = "client_assertion=jwt%2B%2F%3D&client_assertion_type=urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&" +
+		"client_id=c1&grant_type=client_credentials&scope=https%3A%2F%2Fcognitiveservices.azure.com%2F.default"
+	file := filepath.Join(t.TempDir(), "federated")
+	writeFile(t, file, "jwt+/=")
+	for _, tt := range []struct{ name, env, want string }{
+		{"IMDS", imdsEnv, "GET /metadata/identity/oauth2/token?api-version=2018-02-01&" + r + " Metadata:true"},
+		{"IMDS, user-assigned", imdsEnv + " AZURE_CLIENT_ID=c1", "GET /metadata/identity/oauth2/token?api-version=2018-02-01&client_id=c1&" + r + " Metadata:true"},
+		{"App Service", "IDENTITY_ENDPOINT=URL/msi?a=b IDENTITY_HEADER=s3cret", "GET /msi?a=b&api-version=2019-08-01&" + r + " Metadata:true X-Identity-Header:s3cret"},
+		{"App Service, user-assigned", appServiceEnv + " AZURE_CLIENT_ID=c1", "GET /msi?api-version=2019-08-01&client_id=c1&" + r + " Metadata:true X-Identity-Header:s3cret"},
+		{"Azure ML", "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret", "GET /ml?api-version=2017-09-01&" + r + " Metadata:true Secret:s3cret"},
+		{"Azure ML, user-assigned", "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret AZURE_CLIENT_ID=c1 DEFAULT_IDENTITY_CLIENT_ID=c2", "GET /ml?api-version=2017-09-01&clientid=c1&" + r + " Metadata:true Secret:s3cret"},
+		{"Azure ML, its default", "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret DEFAULT_IDENTITY_CLIENT_ID=c2", "GET /ml?api-version=2017-09-01&clientid=c2&" + r + " Metadata:true Secret:s3cret"},
+		{"Cloud Shell", "MSI_ENDPOINT=URL/cs", "POST /cs? Content-Type:application/x-www-form-urlencoded Metadata:true " + r},
+		{"Azure Arc", arcEnv, "GET /arc?api-version=2020-06-01&" + r + " Metadata:true; GET /arc?api-version=2020-06-01&" + r + " Authorization:Basic the key Metadata:true"},
+		{"Azure Arc, user-assigned", arcEnv + " AZURE_CLIENT_ID=00000000-0000-0000-0000-000000000001", "GET /arc?api-version=2020-06-01&client_id=00000000-0000-0000-0000-000000000001&" + r + " Metadata:true; GET /arc?api-version=2020-06-01&client_id=00000000-0000-0000-0000-000000000001&" + r + " Authorization:Basic the key Metadata:true"},
+		{"workload identity", workloadEnv + file, "POST /tenant/oauth2/v2.0/token? Content-Type:application/x-www-form-urlencoded " + federated},
+	} {
+		f := newFakeIdentity(t)
+		s, _ := newTestSource(t, f, tt.env)
+		key := filepath.Join(s.keyDir, "1.key")
+		writeFile(t, key, "the key")
+		asked := make(chan string, 2)
+		f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+			line := r.Method + " " + r.URL.Path + "?" + r.URL.Query().Encode()
+			var header []string
+			for name, values := range r.Header {
+				if name != "User-Agent" && name != "Connection" && name != "Content-Length" {
+					header = append(header, " "+name+":"+strings.Join(values, ","))
+				}
+			}
+			slices.Sort(header)
+			r.ParseForm()
+			asked <- strings.TrimSpace(line + strings.Join(header, "") + " " + r.PostForm.Encode())
+			if r.URL.Path == "/arc" {
+				arcAgent("Basic realm="+key, make(chan string, 1))(w, r)
+				return
+			}
+			fmt.Fprint(w, tokenAnswer("token", time.Hour))
+		})
+		if got, failure := s.fetch(context.Background()); failure != nil || got.authorization != "Bearer token" {
+			t.Errorf("%s: got %q, %v", tt.name, got.authorization, failure)
+		}
+		got := <-asked
+		for len(asked) > 0 {
+			got += "; " + <-asked
+		}
+		if got != tt.want {
+			t.Errorf("%s:\n got %q\nwant %q", tt.name, got, tt.want)
+		}
+		if proxied := s.transport.(*http.Transport).Proxy != nil; proxied != (s.name == "workload identity") {
+			t.Errorf("%s: goes through the proxy of the environment: %v", tt.name, proxied)
+		}
+	}
+}
+
+func TestFederatedTokenIsReadAnewForEachExchange(t *testing.T) {
+	f := newFakeIdentity(t)
+	file := filepath.Join(t.TempDir(), "federated")
+	s, _ := newTestSource(t, f, workloadEnv+file)
+	assertions := make(chan string, 1)
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		assertions <- r.FormValue("client_assertion")
+		fmt.Fprint(w, tokenAnswer("token", time.Hour))
+	})
+	for _, want := range []string{"first", "second"} {
+		writeFile(t, file, want)
+		if _, failure := s.fetch(context.Background()); failure != nil {
+			t.Fatal(failure)
+		}
+		if got := <-assertions; got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	os.Remove(file)
+	_, failure := s.fetch(context.Background())
+	if failure == nil || failure.transient || !strings.Contains(failure.text, "AZURE_FEDERATED_TOKEN_FILE: open "+file) {
+		t.Errorf("without the file: got %+v", failure)
+	}
+	f.wantFetches(t, 2)
+}
+
+func TestArcKeyIsReadFromItsDirectoryOnly(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, arcEnv)
+	outside := filepath.Join(t.TempDir(), "outside.key")
+	writeFile(t, outside, "k")
+	for name, size := range map[string]int{"a.key": 1, "full.key": 4096, "long.key": 4097, "a.txt": 1, "a.key.bak": 1, "locked.key": 1} {
+		writeFile(t, filepath.Join(s.keyDir, name), strings.Repeat("k", size))
+	}
+	if err := errors.Join(os.Symlink(outside, filepath.Join(s.keyDir, "link.key")), os.Mkdir(filepath.Join(s.keyDir, "sub.key"), 0o700),
+		os.Chmod(filepath.Join(s.keyDir, "locked.key"), 0)); err != nil {
+		t.Skip(err)
+	}
+	const want = "it does not name a .key file in "
+	for _, tt := range []struct{ name, challenge, want string }{
+		{"right", "Basic realm=DIR/a.key", ""},
+		{"of the greatest size", "Basic realm=DIR/full.key", ""},
+		{"too long", "Basic realm=DIR/long.key", "is not a regular file of 4096 bytes at most"},
+		{"symbolic link", "Basic realm=DIR/link.key", "is not a regular file"},
+		{"directory", "Basic realm=DIR/sub.key", "is not a regular file"},
+		{"missing", "Basic realm=DIR/none.key", "no such file"},
+		{"other extension", "Basic realm=DIR/a.txt", want},
+		{"further extension", "Basic realm=DIR/a.key.bak", want},
+		{"elsewhere", "Basic realm=" + outside, want},
+		{"dots", "Basic realm=DIR/../" + filepath.Base(filepath.Dir(outside)) + "/outside.key", want},
+		{"dots that end inside", "Basic realm=DIR/sub.key/../a.key", want},
+		{"below", "Basic realm=DIR/sub.key/a.key", want},
+		{"quoted", `Basic realm="DIR/a.key"`, want},
+		{"other scheme", "Bearer realm=DIR/a.key", want},
+		{"none", "", want},
+		{"not readable", "Basic realm=DIR/locked.key", "permission denied; hint: run as root, or join the group himds"},
+	} {
+		if tt.name == "not readable" && os.Geteuid() == 0 {
+			continue // root reads all
+		}
+		shown := make(chan string, 2)
+		f.answerWith(arcAgent(strings.ReplaceAll(tt.challenge, "DIR", s.keyDir), shown))
+		_, failure := s.fetch(context.Background())
+		if (failure == nil) != (tt.want == "") || failure != nil && (failure.transient || !strings.Contains(failure.text, tt.want)) {
+			t.Errorf("%s: got %v, want %q", tt.name, failure, tt.want)
+		}
+		if (len(shown) == 1) != (tt.want == "") {
+			t.Errorf("%s: a key was shown %d times", tt.name, len(shown))
+		}
+	}
+}
+
+func TestArcTokenOfAnotherIdentityIsRefused(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, arcEnv+" AZURE_CLIENT_ID=c1")
+	writeFile(t, filepath.Join(s.keyDir, "1.key"), "k")
+	f.answerWith(arcAgent("Basic realm="+filepath.Join(s.keyDir, "1.key"), make(chan string, 1)))
+	if _, failure := s.fetch(context.Background()); failure == nil || !strings.Contains(failure.text, "unset AZURE_CLIENT_ID") {
+		t.Errorf("got %v", failure)
+	}
+}
+
+func TestTwoHundredRequestsMakeOneFetch(t *testing.T) {
+	for _, name := range []string{"cold", "at expiry"} {
+		f := newFakeIdentity(t)
+		f.life = time.Hour
+		tokens, c := newTestTokens(t, f, imdsEnv)
+		want := "token-1"
+		if name == "at expiry" {
+			tokens.want(t, "token-1")
+			c.advance(time.Hour)
+			want = "token-2"
+		}
+		asked := f.fetches.Load()
+		entered := make(chan bool, 1000)
+		tokens.now = func() time.Time { // called once by each request before it waits
+			entered <- true
+			return c.now()
+		}
+		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			if f.fetches.Load() == asked+1 {
+				for range 200 {
+					<-entered
+				}
+			}
+			fmt.Fprint(w, tokenAnswer(want, time.Hour))
+		})
+		var all sync.WaitGroup
+		for range 200 {
+			all.Add(1)
+			go func() {
+				defer all.Done()
+				if got, err := tokens.token(context.Background()); err != nil || got.authorization != "Bearer "+want {
+					t.Errorf("%s: got %q, %v", name, got.authorization, err)
+				}
+			}()
+		}
+		all.Wait()
+		f.wantFetches(t, asked+1)
+	}
+}
+
+func TestTokenServedWhileRefreshHangs(t *testing.T) {
+	f := newFakeIdentity(t)
+	f.life = time.Hour
+	tokens, c := newTestTokens(t, f, imdsEnv)
+	tokens.want(t, "token-1")
+	c.advance(47 * time.Minute)
+	tokens.want(t, "token-1")
+	f.wantFetches(t, 1) // not due before 80 % of its life
+
+	arrived, release := make(chan bool, 9), make(chan bool)
+	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+		arrived <- true
+		<-release
+		fmt.Fprint(w, tokenAnswer("token-2", time.Hour))
+	})
+	c.advance(2 * time.Minute)
+	for range 100 {
+		tokens.want(t, "token-1")
+	}
+	<-arrived
+	c.advance(10 * time.Minute)
+	tokens.want(t, "token-1")
+	close(release)
+	tokens.land()
+	tokens.want(t, "token-2")
+	f.wantFetches(t, 2)
+}
+
+func TestTokenServedWhileRefreshFails(t *testing.T) {
+	captureLog(t)
+	f := newFakeIdentity(t)
+	tokens, c := newTestTokens(t, f, imdsEnv)
+	tokens.want(t, "token-1")
+	f.answerWith(refuse(400, "", `{"error":"invalid_request","error_description":"Identity not found"}`))
+	c.advance(20 * time.Hour)
+	for fetches := range int64(3) {
+		tokens.want(t, "token-1")
+		tokens.land()
+		f.wantFetches(t, fetches+2)
+		c.advance(time.Hour)
+	}
+
+	// An expired token is not sent, and that the endpoint came back is noticed.
+	c.advance(time.Hour)
+	if err := tokens.want(t, ""); !strings.Contains(err.Error(), "Identity not found") {
+		t.Errorf("got %v", err)
+	}
+	f.answer.Store(nil)
+	c.advance(coldMemory)
+	tokens.want(t, "token-6")
+}
+
+func TestRefreshNeedsNoRequest(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, imdsEnv)
+	s.now = time.Now
+	tokens := &tokenSource{fetch: s.fetch, now: time.Now}
+	asked := make(chan bool, 9)
+	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+		n := f.fetches.Load()
+		fmt.Fprintf(w, `{"access_token":"token-%d","expires_in":3600,"refresh_in":%d}`, n, n*n*n)
+		asked <- true
+	})
+	tokens.want(t, "token-1")
+	<-asked
+	select {
+	case <-asked: // a second later
+	case <-time.After(20 * time.Second):
+		t.Fatal("no refresh")
+	}
+	tokens.land()
+	tokens.want(t, "token-2")
+}
+
+func TestFailureIsRememberedForAWhile(t *testing.T) {
+	captureLog(t)
+	for _, tt := range []struct {
+		name       string
+		warm       bool
+		status     int
+		retryAfter string
+		want       time.Duration
+	}{
+		{"without a token", false, 400, "", time.Second},
+		{"with a token", true, 400, "", 10 * time.Second},
+		{"Retry-After without a token", false, 429, "30", 30 * time.Second},
+		{"Retry-After with a token", true, 429, "30", 30 * time.Second},
+		{"Retry-After too long to believe", false, 503, "86400", 2 * time.Minute},
+		{"date too late to believe", true, 503, "Sun, 01 Mar 2026 20:00:00 GMT", 2 * time.Minute},
+		{"date", false, 503, "Sun, 01 Mar 2026 12:00:45 GMT", 45 * time.Second},
+		{"nonsense", false, 400, "-1", time.Second},
+	} {
+		f := newFakeIdentity(t)
+		f.life = 50 * time.Minute
+		tokens, c := newTestTokens(t, f, imdsEnv)
+		held := ""
+		if tt.warm {
+			held = "token-1"
+			c.advance(-41 * time.Minute)
+			tokens.want(t, held)
+			c.advance(41 * time.Minute)
+		}
+		f.answerWith(refuse(tt.status, tt.retryAfter, "no"))
+		tokens.want(t, held)
+		tokens.land()
+		asked := f.fetches.Load()
+
+		c.advance(tt.want - time.Millisecond)
+		err := tokens.want(t, held)
+		tokens.land()
+		if got := f.fetches.Load(); got != asked {
+			t.Errorf("%s: asked again before %v", tt.name, tt.want)
+		}
+		var failure *tokenError
+		if !tt.warm && (!errors.As(err, &failure) || failure.retryAfter != time.Millisecond || !strings.Contains(failure.text, "no")) {
+			t.Errorf("%s: got %v, want the failure and when to come back", tt.name, err)
+		}
+		c.advance(time.Millisecond)
+		tokens.want(t, held)
+		tokens.land()
+		if got := f.fetches.Load(); got == asked {
+			t.Errorf("%s: not asked again after %v", tt.name, tt.want)
+		}
+	}
+}
+
+func TestClientThatLeavesCancelsNothing(t *testing.T) {
+	f := newFakeIdentity(t)
+	tokens, _ := newTestTokens(t, f, imdsEnv)
+	arrived, release := make(chan bool, 9), make(chan bool)
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		arrived <- true
+		select {
+		case <-release:
+		case <-r.Context().Done():
+			t.Error("the fetch was cancelled")
+		}
+		fmt.Fprint(w, tokenAnswer("token-1", time.Hour))
+	})
+	ctx, leave := context.WithCancel(context.Background())
+	left := make(chan error)
+	go func() {
+		_, err := tokens.token(ctx)
+		left <- err
+	}()
+	<-arrived
+	leave()
+	if err := <-left; err != context.Canceled {
+		t.Errorf("the one that left got %v", err)
+	}
+	close(release)
+	tokens.want(t, "token-1")
+	f.wantFetches(t, 1)
+}
+
+func TestUpstream401MakesTokenDueForRefresh(t *testing.T) {
+	captureLog(t)
+	f := newFakeIdentity(t)
+	tokens, c := newTestTokens(t, f, imdsEnv)
+	got := make(chan string, 1)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		got <- r.Header.Get("Authorization")
+		w.WriteHeader(401)
+	})
+	cfg, err := loadConfig(func(name string) string {
+		return map[string]string{"TARGET_URL": upstream.URL, "AZURE_POD_IDENTITY_AUTHORITY_HOST": f.URL}[name]
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httptest.NewServer(newForwarder(cfg, tokens))
+	defer proxy.Close()
+	for _, tt := range []struct {
+		name    string
+		later   time.Duration
+		sent    string
+		fetches int64
+	}{
+		{"first", 0, "token-1", 2},
+		{"again", 0, "token-2", 2},
+		{"after 29 s", 29 * time.Second, "token-2", 2},
+		{"after 30 s", time.Second, "token-2", 3},
+		{"next", 0, "token-3", 3},
+	} {
+		c.advance(tt.later)
+		resp, err := http.Get(proxy.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if got := <-got; got != "Bearer "+tt.sent || resp.StatusCode != 401 {
+			t.Errorf("%s: upstream saw %q and the client %d, want %q", tt.name, got, resp.StatusCode, tt.sent)
+		}
+		tokens.land()
+		f.wantFetches(t, tt.fetches)
+	}
+	c.advance(time.Minute)
+	tokens.rejected(token{authorization: "Bearer token-2"}) // a late answer to a token that is gone
+	tokens.land()
+	f.wantFetches(t, 3)
+	f.answerWith(refuse(400, "", ""))
+	tokens.rejected(token{authorization: "Bearer token-3"})
+	tokens.land()
+	f.wantFetches(t, 4)
+	tokens.want(t, "token-3") // though rejected: a missing role is a 401 too
+}
+
+func TestEveryFormOfExpiryIsRead(t *testing.T) {
+	const noon = 1772366400 // what the clock shows
+	for _, tt := range []struct {
+		name, fields  string
+		off           time.Duration // of the endpoint's clock
+		want, refresh time.Duration
+	}{
+		{"IMDS", `"expires_in":"3600","expires_on":"1772370000"`, 0, 3600, 2880},
+		{"numbers", `"expires_in":3600,"expires_on":1772370000`, 0, 3600, 2880},
+		{"floats", `"expires_in":"3600.0","expires_on":1772370000.0`, 0, 3600, 2880},
+		{"exponent", `"expires_on":1.77237e9`, 0, 3600, 2880},
+		{"App Service", `"expires_on":"1772370000"`, 0, 3600, 2880},
+		{"Entra ID", `"expires_in":3600`, 0, 3600, 2880},
+		{"expires_in counted from an earlier issue", `"expires_in":"86399","expires_on":"1772370000"`, 0, 3600, 2880},
+		{"expires_in ends earlier", `"expires_in":3600,"expires_on":"1772449200"`, 0, 3600, 2880},
+		{"2017 on Linux", `"expires_on":"03/01/2026 13:00:00 +00:00"`, 0, 3600, 2880},
+		{"2017 on Windows", `"expires_on":"3/1/2026 1:00:00 PM +00:00"`, 0, 3600, 2880},
+		{"another zone", `"expires_on":"3/1/2026 11:00:00 AM -02:00"`, 0, 3600, 2880},
+		{"US", `"expires_on":"03/01/2026 13:00:00"`, 0, 3600, 2880},
+		{"SQL", `"expires_on":"2026-03-01 13:00:00"`, 0, 3600, 2880},
+		{"ISO 8601 of .NET", `"expires_on":"2026-03-01T13:00:00.0000000+00:00"`, 0, 3600, 2880},
+		{"RFC 3339", `"expires_on":"2026-03-01T15:00:00+02:00"`, 0, 3600, 2880},
+		{"null beside a number", `"expires_on":null,"expires_in":3600`, 0, 3600, 2880},
+		{"empty beside a number", `"expires_on":"","expires_in":"3600"`, 0, 3600, 2880},
+		{"refresh_in", `"expires_in":3600,"refresh_in":1800`, 0, 3600, 1800},
+		{"refresh_in as a string", `"expires_in":3600,"refresh_in":"1800"`, 0, 3600, 1800},
+		{"refresh_in too late", `"expires_in":3600,"refresh_in":3600`, 0, 3600, 2880},
+		{"refresh_in unreadable", `"expires_in":3600,"refresh_in":"soon"`, 0, 3600, 2880},
+		{"endpoint's clock ahead", `"expires_on":"1772377200"`, 2 * time.Hour, 3600, 2880},
+		{"endpoint's clock behind", `"expires_on":"1772362800"`, -2 * time.Hour, 3600, 2880},
+		{"clocks off by the network only", `"expires_on":"1772370000"`, 5 * time.Second, 3600, 2880},
+		{"expires_in needs no clock", `"expires_in":3600`, 2 * time.Hour, 3600, 2880},
+	} {
+		f := newFakeIdentity(t)
+		s, c := newTestSource(t, f, imdsEnv)
+		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Date", time.Unix(noon, 0).Add(tt.off).UTC().Format(http.TimeFormat))
+			fmt.Fprintf(w, `{"access_token":"!~",%s}`, tt.fields)
+		})
+		got, failure := s.fetch(context.Background())
+		if failure != nil {
+			t.Errorf("%s: %v", tt.name, failure)
+			continue
+		}
+		if life, refresh := got.expires.Sub(c.now()), got.refresh.Sub(c.now()); life != tt.want*time.Second || refresh != tt.refresh*time.Second {
+			t.Errorf("%s: got %v, %v; want %d s, %d s", tt.name, life, refresh, tt.want, tt.refresh)
+		}
+	}
+}
+
+func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
+	const in = `","expires_in":3600}`
+	for _, tt := range []struct{ name, body, want string }{
+		{"no expiry", `{"access_token":"LEAK"}`, "expires_on and expires_in are missing"},
+		{"empty expiry", `{"access_token":"LEAK","expires_on":"","expires_in":null}`, "expires_on and expires_in are missing"},
+		{"words", `{"access_token":"LEAK","expires_on":"LEAK"}`, "expires_on: not in a form known here"},
+		{"milliseconds", `{"access_token":"LEAK","expires_on":1772370000000}`, "expires_on: not"},
+		{"boolean", `{"access_token":"LEAK","expires_on":true}`, "expires_on: not"},
+		{"object", `{"access_token":"LEAK","expires_on":{"LEAK":1}}`, "expires_on: not"},
+		{"negative", `{"access_token":"LEAK","expires_in":-1}`, "expires_in: not a number of seconds"},
+		{"too far", `{"access_token":"LEAK","expires_in":1e300}`, "expires_in: not"},
+		{"one of two unreadable", `{"access_token":"LEAK","expires_on":"1772370000","expires_in":"LEAK"}`, "expires_in: not"},
+		{"expired", `{"access_token":"LEAK","expires_on":"1772366400"}`, errExpired.Error()},
+		{"no life", `{"access_token":"LEAK","expires_in":0}`, errExpired.Error()},
+		{"no token", `{"expires_in":3600,"id":"LEAK"}`, "access_token is missing"},
+		{"empty token", `{"access_token":"` + in, "access_token is missing"},
+		{"null", `null`, "access_token is missing"},
+		{"token of a number", `{"access_token":1,"expires_in":3600}`, "not the JSON object expected"},
+		{"array", `["LEAK"]`, "not the JSON object expected"},
+		{"empty", ``, "not the JSON object expected"},
+		{"a web page", `<html>LEAK</html>`, "answered with text/html; charset=utf-8, not a usable token: not the JSON object expected"},
+		{"too large", `{"access_token":"` + strings.Repeat("LEAK", maxAnswer/4) + in, "not the JSON object expected"},
+		{"line break", `{"access_token":"LEAK\r\nX-Forged: 1` + in, "access_token has bytes that a header cannot carry"},
+		{"space", `{"access_token":"LEAK LEAK` + in, "access_token has bytes"},
+		{"NUL", `{"access_token":"LEAK\u0000` + in, "access_token has bytes"},
+		{"DEL", `{"access_token":"LEAK\u007f` + in, "access_token has bytes"},
+		{"not ASCII", `{"access_token":"LEAKé` + in, "access_token has bytes"},
+	} {
+		f := newFakeIdentity(t)
+		s, _ := newTestSource(t, f, imdsEnv)
+		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header()["Date"] = nil
+			io.WriteString(w, tt.body)
+		})
+		got, failure := s.fetch(context.Background())
+		if failure == nil || got != (token{}) || !strings.Contains(failure.text, tt.want) || strings.Contains(failure.text, "LEAK") {
+			t.Errorf("%s: got %v, want %q", tt.name, failure, tt.want)
+		}
+		if asked := f.fetches.Load(); (asked > 1) != (tt.want == errExpired.Error()) {
+			t.Errorf("%s: asked %d times", tt.name, asked)
+		}
+	}
+}
+
+func TestRetriesWhatMayPassAndNothingElse(t *testing.T) {
+	const cut = "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + `{"access_token":"LEAK`
+	for _, tt := range []struct {
+		name, env string
+		answer    http.HandlerFunc
+		want      string // pauses before the token that the third try gets
+	}{
+		{"408", imdsEnv, refuse(408, "", ""), "0.8 s, 1.6 s"},
+		{"429", imdsEnv, refuse(429, "", ""), "0.8 s, 1.6 s"},
+		{"500", imdsEnv, refuse(500, "", ""), "0.8 s, 1.6 s"},
+		{"404 of IMDS", imdsEnv, refuse(404, "", ""), "0.8 s, 1.6 s"},
+		{"410 of IMDS", imdsEnv, refuse(410, "", ""), "0.8 s, 1.6 s"},
+		{"404 of App Service", appServiceEnv, refuse(404, "", ""), "none"},
+		{"410 of App Service", appServiceEnv, refuse(410, "", ""), "none"},
+		{"404 of Azure Arc", arcEnv, refuse(404, "", ""), "none"},
+		{"429 of App Service", appServiceEnv, refuse(429, "", ""), "0.8 s, 1.6 s"},
+		{"400", imdsEnv, refuse(400, "", ""), "none"},
+		{"403", imdsEnv, refuse(403, "", ""), "none"},
+		{"201", imdsEnv, refuse(201, "", tokenAnswer("LEAK", time.Hour)), "none"},
+		{"hung up", imdsEnv, answerRaw(""), "0.8 s, 1.6 s"},
+		{"cut off", imdsEnv, answerRaw(cut), "0.8 s, 1.6 s"},
+		{"cut off in a chunk", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"), "0.8 s, 1.6 s"},
+		{"not HTTP", appServiceEnv, answerRaw("SSH-2.0-OpenSSH_9.9\r\n"), "0.8 s, 1.6 s"},
+		{"endless header", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\nA: " + strings.Repeat("a", maxAnswer)), "0.8 s, 1.6 s"},
+		{"expired", imdsEnv, refuse(200, "", `{"access_token":"LEAK","expires_on":"1"}`), "0.8 s, 1.6 s"},
+		{"Retry-After", appServiceEnv, refuse(429, "3", ""), "3s 3s"},
+		{"Retry-After a date", appServiceEnv, refuse(503, "Sun, 01 Mar 2026 12:00:04 GMT", ""), "4s 4s"},
+		{"more than is left", imdsEnv, refuse(503, "12", ""), "12s, then none"},
+		{"more than a fetch", imdsEnv, refuse(503, "23", ""), "none"},
+	} {
+		f := newFakeIdentity(t)
+		s, c := newTestSource(t, f, tt.env)
+		f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+			if f.fetches.Load() < 3 {
+				tt.answer(w, r)
+				return
+			}
+			fmt.Fprint(w, tokenAnswer("token", time.Hour))
+		})
+		token, failure := s.fetch(context.Background())
+		got := strings.Trim(fmt.Sprint(c.pauses), "[]")
+		switch {
+		case len(c.pauses) == 0:
+			got = "none"
+		case len(c.pauses) == 1:
+			got += ", then none"
+		case about(c.pauses[0], firstPause) && about(c.pauses[1], 2*firstPause):
+			got = "0.8 s, 1.6 s"
+		}
+		if got != tt.want || (len(c.pauses) == 2) != (token.authorization == "Bearer token") {
+			t.Errorf("%s: got %q after pauses %s, want %s: %v", tt.name, token.authorization, got, tt.want, failure)
+		}
+	}
+}
+
+func about(got, want time.Duration) bool { return got >= want*8/10 && got <= want*12/10 }
+
+// roundTrip is an http.RoundTripper.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func TestFetchIsBounded(t *testing.T) {
+	f := newFakeIdentity(t)
+	f.answerWith(refuse(500, "", ""))
+	s, c := newTestSource(t, f, imdsEnv)
+	within := func(ctx context.Context, d time.Duration) bool {
+		end, ok := ctx.Deadline()
+		return ok && time.Until(end) <= d
+	}
+	transport := s.transport
+	s.transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+		if !within(r.Context(), tryTime) {
+			t.Error("a try has no deadline")
+		}
+		return transport.RoundTrip(r)
+	})
+	tokens := &tokenSource{now: c.now, fetch: func(ctx context.Context) (token, *tokenError) {
+		if !within(ctx, fetchTime) {
+			t.Error("a fetch has no deadline")
+		}
+		return s.fetch(ctx)
+	}}
+	captureLog(t)
+	tokens.want(t, "")
+	var total time.Duration
+	for _, pause := range c.pauses {
+		total += pause
+	}
+	if n := f.fetches.Load(); n < 5 || n > 6 || total > fetchTime {
+		t.Errorf("asked %d times with pauses %v", n, c.pauses)
+	}
+
+	// The reading of a body ends with the try.
+	ctx, cancel := context.WithCancel(context.Background())
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).Flush()
+		cancel()
+		select {
+		case <-r.Context().Done():
+		case <-time.After(tryTime / 2):
+			t.Error("the answer is read for longer than the fetch lasts")
+		}
+	})
+	if _, failure := s.fetch(ctx); failure == nil || !failure.transient {
+		t.Errorf("got %v", failure)
+	}
+}
+
+func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
+	const id = " AZURE_CLIENT_ID=c1"
+	for _, tt := range []struct {
+		name, env string
+		status    int
+		body      string
+		want      string
+	}{
+		{"no identity", imdsEnv, 400, `{"error":"invalid_request","error_description":"Identity not found"}`, "IMDS at HOST answered 400: invalid_request: Identity not found; hint: assign a managed identity to this host, or correct AZURE_CLIENT_ID"},
+		{"wrong client id", imdsEnv + id, 400, `{"error":"invalid_request","error_description":"Identity not found"}`, "IMDS at HOST answered 400: invalid_request: Identity not found (client_id c1, from AZURE_CLIENT_ID); hint: assign a managed identity to this host, or correct AZURE_CLIENT_ID"},
+		{"several identities", imdsEnv, 400, `{"error":"invalid_request","error_description":"Multiple user assigned identities exist, please specify the clientId / resourceId"}`, "IMDS at HOST answered 400: invalid_request: Multiple user assigned identities exist, please specify the clientId / resourceId; hint: set AZURE_CLIENT_ID to the client id of one of them"},
+		{"wrong resource", imdsEnv, 400, `{"error":"invalid_resource","error_description":"AADSTS500011: no such principal"}`, "IMDS at HOST answered 400: invalid_resource: AADSTS500011: no such principal; hint: correct AZURE_OPENAI_SCOPE"},
+		{"App Service", appServiceEnv + id, 400, `{"statusCode":400,"message":"No Managed Identity found"}`, "App Service at HOST answered 400: No Managed Identity found (client_id c1, from AZURE_CLIENT_ID)"},
+		{"Azure ML", "MSI_ENDPOINT=URL MSI_SECRET=s3cret DEFAULT_IDENTITY_CLIENT_ID=c2", 400, "no", "Azure ML at HOST answered 400: no (client_id c2, from DEFAULT_IDENTITY_CLIENT_ID)"},
+		{"Cloud Shell", "MSI_ENDPOINT=URL", 400, `{"error":{"code":"AudienceNotSupported","message":"not this one"}}`, "Cloud Shell at HOST answered 400: AudienceNotSupported: not this one"},
+		{"workload identity", workloadEnv + "go.mod", 401, `{"error":"invalid_client","error_description":"AADSTS700211: no matching credential"}`, "workload identity at HOST answered 401: invalid_client: AADSTS700211: no matching credential (client_id c1, from AZURE_CLIENT_ID); hint: the federated credential's issuer or subject is not this pod's"},
+		{"Docker Desktop", imdsEnv, 403, "connecting to 169.254.169.254:80: dial tcp: A socket operation was attempted to an unreachable network.\n", "IMDS at HOST answered 403: connecting to 169.254.169.254:80: dial tcp: A socket operation was attempted to an unreachable network.; hint: this is not an Azure host"},
+		{"a web proxy", imdsEnv, 400, "<?xml version=\"1.0\"?>\r\n<Error>x</Error>", `IMDS at HOST answered 400: <?xml version="1.0"?>  <Error>x</Error>`},
+		{"Azure Arc", arcEnv, 500, `{"error":"","error_description":"agent is starting"}`, "Azure Arc at HOST answered 500: agent is starting"},
+	} {
+		f := newFakeIdentity(t)
+		s, _ := newTestSource(t, f, tt.env)
+		f.answerWith(refuse(tt.status, "", tt.body))
+		_, failure := s.fetch(context.Background())
+		if got := strings.ReplaceAll(fmt.Sprint(failure), s.url.Host, "HOST"); got != tt.want {
+			t.Errorf("%s:\n got %q\nwant %q", tt.name, got, tt.want)
+		}
+	}
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, imdsEnv)
+	f.Close()
+	_, failure := s.fetch(context.Background())
+	if failure == nil || !failure.transient || !strings.Contains(failure.text, "connection refused; hint: only Azure hosts have it") {
+		t.Errorf("nobody there: got %v", failure)
+	}
+}
+
+func TestRedirectsAreNotFollowed(t *testing.T) {
+	elsewhere := newFakeIdentity(t)
+	for _, env := range []string{imdsEnv, appServiceEnv, "MSI_ENDPOINT=URL/cs"} {
+		for _, status := range []int{301, 302, 303, 307, 308} {
+			f := newFakeIdentity(t)
+			s, _ := newTestSource(t, f, env)
+			f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+				http.Redirect(w, r, elsewhere.URL, status)
+			})
+			_, failure := s.fetch(context.Background())
+			if failure == nil || failure.transient || !strings.Contains(failure.text, fmt.Sprintf("answered %d", status)) {
+				t.Errorf("%d: got %v", status, failure)
+			}
+			f.wantFetches(t, 1)
+		}
+	}
+	elsewhere.wantFetches(t, 0)
+}
+
+func TestEndlessAnswerIsCut(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, imdsEnv)
+	for _, status := range []int{200, 400} {
+		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			for {
+				if _, err := io.WriteString(w, strings.Repeat("x", 64<<10)); err != nil {
+					return
+				}
+			}
+		})
+		if _, failure := s.fetch(context.Background()); failure == nil || len(failure.text) > 600 {
+			t.Errorf("%d: got %v", status, failure)
+		}
+	}
+}
+
+func TestNothingTheEndpointSaysLeaksOrForges(t *testing.T) {
+	const forged = "\n2026/03/01 12:00:00 forged\r\u202e\u2028\u2029\u0085\x1b[2J\x00"
+	log := captureLog(t)
+	jsonForged := `s3cret\n2026/03/01 12:00:00 forged\r\u202e\u2028\u2029\u0085\u001b[2J\u0000`
+	for _, tt := range []struct {
+		name   string
+		answer http.HandlerFunc
+	}{
+		{"text", refuse(400, "", "s3cret"+forged)},
+		{"message", refuse(400, "", `{"message":"`+jsonForged+`"}`)},
+		{"error_description", refuse(403, "", `{"error":"`+jsonForged+`","error_description":"`+jsonForged+`"}`)},
+		{"error.message", refuse(500, "", `{"error":{"code":"`+jsonForged+`","message":"`+jsonForged+`"}}`)},
+		{"body of a 200", refuse(200, "", "s3cret"+forged)},
+		{"token of a 200", refuse(200, "", `{"access_token":"s3cret`+jsonForged+`","expires_in":3600}`)},
+		{"Content-Type", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "s3cret\u202e\u2028")
+		}},
+		{"header without a colon", answerRaw("HTTP/1.1 200 OK\r\ns3cret\u202e\u2028\r\n\r\n")},
+		{"status line", answerRaw("s3cret\u202e\u2028\r\n\r\n")},
+		{"status", answerRaw("HTTP/1.1 400 s3cret\u202e\u2028\r\nContent-Length: 0\r\n\r\n")},
+		{"Location", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1/?s3cret", 302)
+		}},
+		{"a token", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer("s3cret", time.Hour)) }},
+	} {
+		f := newFakeIdentity(t)
+		tokens, _ := newTestTokens(t, f, "IDENTITY_ENDPOINT=URL/msi?code=hidden IDENTITY_HEADER=s3cret AZURE_LOG_LEVEL=debug")
+		f.answerWith(tt.answer)
+		before := len(log.String())
+		_, err := tokens.token(context.Background())
+		line := log.String()[before:]
+		if strings.Count(line, "\n") != 1 || !strings.Contains(line, strings.TrimPrefix(f.URL, "http://")) {
+			t.Errorf("%s: logged %q, want one line", tt.name, line)
+		}
+		for _, bad := range []string{"s3cret", "hidden", "\n2026", "\r", "\x00", "\x1b", "\u0085", "\u202e", "\u2028", "\u2029"} {
+			if text := fmt.Sprint(err); strings.Contains(line, bad) || strings.Contains(text, bad) {
+				t.Errorf("%s: %q is in the log or the error: %q, %q", tt.name, bad, line, text)
+			}
+		}
+	}
+}
+
+func TestArcAnswerWithoutChallengeIsNotEchoed(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, arcEnv)
+	f.answerWith(refuse(200, "", `{"access_token":"LEAK`))
+	if _, failure := s.fetch(context.Background()); failure == nil || strings.Contains(failure.text, "LEAK") {
+		t.Errorf("got %v", failure)
+	}
+}
+
+func TestSecretIsRedactedBeforeWordsAreCut(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, appServiceEnv)
+	f.answerWith(refuse(400, "", strings.Repeat("x", 495)+"s3cret"))
+	if _, failure := s.fetch(context.Background()); strings.Contains(failure.text, "s3cre") {
+		t.Errorf("got %v", failure)
+	}
+}
+
+func TestArcKeyAndAssertionAreRedacted(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, arcEnv)
+	key := filepath.Join(s.keyDir, "a.key")
+	writeFile(t, key, "K3Y")
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("WWW-Authenticate", "Basic realm="+key)
+		if r.Header.Get("Authorization") == "" {
+			w.WriteHeader(401)
+			return
+		}
+		http.Error(w, "bad key "+r.Header.Get("Authorization"), 400)
+	})
+	if _, failure := s.fetch(context.Background()); strings.Contains(failure.text, "K3Y") {
+		t.Errorf("arc: got %v", failure)
+	}
+	file := filepath.Join(t.TempDir(), "federated")
+	writeFile(t, file, "eyJ4.eyJ5.s1g")
+	s, _ = newTestSource(t, f, workloadEnv+file)
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, "bad assertion "+r.FormValue("client_assertion"), 400)
+	})
+	if _, failure := s.fetch(context.Background()); strings.Contains(failure.text, "s1g") {
+		t.Errorf("workload: got %v", failure)
+	}
+}
+
+func TestRedirectThatCannotBeReadFailsAtOnce(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, imdsEnv)
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Location", "http://%zz/")
+		w.WriteHeader(302)
+	})
+	_, failure := s.fetch(context.Background())
+	if failure.transient {
+		t.Errorf("got %v", failure)
+	}
+}
+
+func TestErrorIsBounded(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, imdsEnv)
+	for name, answer := range map[string]http.HandlerFunc{
+		"content type": func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", strings.Repeat("x", 100_000))
+		},
+		"location": func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Location", "http://%zz/"+strings.Repeat("x", 100_000))
+			w.WriteHeader(302)
+		},
+		"header line": answerRaw("HTTP/1.1 200 OK\r\n" + strings.Repeat("x", 100_000) + "\r\n\r\n"),
+		"status line": answerRaw(strings.Repeat("x", 100_000) + "\r\n\r\n"),
+	} {
+		f.answerWith(answer)
+		_, failure := s.fetch(context.Background())
+		if len(failure.text) > 1000 {
+			t.Errorf("%s: %d bytes", name, len(failure.text))
+		}
+	}
+}
+
+func TestKeyThatNoHeaderCarriesIsRefusedAtOnce(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, c := newTestSource(t, f, arcEnv)
+	key := filepath.Join(s.keyDir, "a.key")
+	writeFile(t, key, "K3Y\n")
+	f.answerWith(arcAgent("Basic realm="+key, make(chan string, 9)))
+	_, failure := s.fetch(context.Background())
+	if failure == nil || failure.transient || len(c.pauses) > 0 || !strings.Contains(failure.text, "a header cannot carry") {
+		t.Errorf("got %v after pauses %v", failure, c.pauses)
+	}
+}
+
+func TestEndpointsWordsAreFound(t *testing.T) {
+	tests := []struct{ name, body, want string }{
+		{"IMDS", `{"error":"e","error_description":"d"}`, "e: d"},
+		{"App Service", `{"statusCode":500,"message":"m"}`, "m"},
+		{"Cloud Shell", `{"error":{"code":"c","message":"m"}}`, "c: m"},
+		{"without a code", `{"error":{"message":"m"}}`, "m"},
+		{"error alone", `{"error":"e"}`, "e"},
+		{"description alone", `{"error_description":"d"}`, "d"},
+		{"error and message", `{"error":"e","message":"m"}`, "e: m"},
+		{"text", "a socket operation was attempted", "a socket operation was attempted"},
+	}
+	for _, tt := range tests {
+		if got := words([]byte(tt.body)); got != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func FuzzParseToken(f *testing.F) {
+	f.Add(tokenAnswer("token", time.Hour), int64(0))
+	for _, seed := range []string{`null`, `{}`, `[]`, `{"access_token":"a b","expires_in":1}`, `{"access_token":"a","expires_in":8e9,"refresh_in":1e-9}`,
+		`{"access_token":"a","expires_on":"2026-03-01T13:00:00.0000000+00:00"}`, `{"access_token":"a","expires_on":"3/1/2026 1:00:00 PM +00:00"}`,
+		`{"access_token":"a","expires_on":"9999-12-31T23:59:59Z"}`, `{"access_token":"a","expires_in":1e-9}`} {
+		f.Add(seed, int64(3600))
+	}
+	sent := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	f.Fuzz(func(t *testing.T, body string, off int64) {
+		got, err := parseToken([]byte(body), sent, sent.Add(time.Duration(off)))
+		if err != nil {
+			if got != (token{}) {
+				t.Errorf("got %v beside %v", got, err)
+			}
+			return
+		}
+		secret := strings.TrimPrefix(got.authorization, "Bearer ")
+		bad := strings.ContainsFunc(secret, func(r rune) bool { return r < 0x21 || r > 0x7e })
+		if secret == "" || bad || !got.expires.After(sent) || !got.refresh.After(sent) {
+			t.Errorf("got %+v", got)
+		}
+	})
+}
+
+func FuzzChallenge(f *testing.F) {
+	dir := f.TempDir()
+	good := filepath.Join(dir, "a.key")
+	for _, name := range []string{good, filepath.Join(dir, "other.txt"), filepath.Join(f.TempDir(), "outside.key")} {
+		writeFile(f, name, filepath.Base(name))
+		f.Add("Basic realm=" + name)
+	}
+	for _, seed := range []string{"", "Basic realm=", `Basic realm="DIR/a.key"`, "Basic realm=DIR/../a.key", "Basic realm=DIR//a.key", "Basic realm=DIR/other.txt"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, challenge string) {
+		challenge = strings.ReplaceAll(challenge, "DIR", dir)
+		key, err := readKey(challenge, dir)
+		if legal := challenge == "Basic realm="+good; legal != (err == nil) || legal && key != "a.key" || !legal && key != "" {
+			t.Errorf("%q: got %q, %v", challenge, key, err)
+		}
+	})
+}
+
+// heldToken is a source that holds a token.
+func heldToken() *tokenSource {
+	later := time.Now().Add(time.Hour)
+	return &tokenSource{now: time.Now, held: token{authorization: "Bearer token", expires: later, refresh: later}}
+}
+
+func TestHeldTokenAllocatesNothing(t *testing.T) {
+	tokens, ctx := heldToken(), context.Background()
+	if got := testing.AllocsPerRun(100, func() { tokens.token(ctx) }); got != 0 {
+		t.Errorf("got %v allocations, want 0", got)
+	}
+}
+
+func BenchmarkCachedToken(b *testing.B) {
+	tokens, ctx := heldToken(), context.Background()
+	b.ReportAllocs()
+	for range b.N {
+		tokens.token(ctx)
+	}
 }

@@ -414,7 +414,7 @@ func (p *proxy) logStart(listeners []net.Listener) {
 		}
 		log.Printf("proxy listening on %s ➜ %s", addr, cfg.target)
 	}
-	log.Printf("tokens for %s come from %s at %s, as %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
+	log.Printf("tokens for %s come from %s at %s, %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
 		cfg.source.why())
 	log.Print(cfg.whoMayUseIt())
 }
@@ -466,7 +466,7 @@ func check(getenv func(string) string, out io.Writer) error {
 	}
 	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
 	ok("port "+cfg.port, "%s", cfg.whoMayUseIt())
-	ok("identity", "%s at %s, as %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
+	ok("identity", "%s at %s, %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
