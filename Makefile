@@ -1,4 +1,6 @@
-.PHONY: run demo test bench build clean
+.PHONY: run demo test bench build release clean
+
+PLATFORMS = linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64
 
 run:
 	go run .
@@ -10,8 +12,28 @@ test:
 	go vet ./...
 	go test -race ./...
 
+bench:
+	go test -run '^$$' -bench . -benchmem .
+
 build:
 	CGO_ENABLED=0 go build -trimpath -o aoai-proxy .
+
+# The same commit gives the same bytes in any folder and on any machine: all else that they depend on
+# is set here, and Go fetches the toolchain named if it is another. A clone without tags differs.
+release: export GOTOOLCHAIN = go1.26.8
+release: export GOFLAGS = -trimpath -buildvcs=true
+release: export CGO_ENABLED = 0
+release: export GOAMD64 = v1
+release: export GOARM64 = v8.0
+release: export GOFIPS140 = off
+release:
+	@test -z "$$(git status --porcelain)" || { echo 'a release is of a commit: commit first' >&2; exit 1; }
+	rm -rf dist
+	for p in $(PLATFORMS); do \
+		GOOS=$${p%/*} GOARCH=$${p#*/} && export GOOS GOARCH && \
+		go build -ldflags='-s -w' -o dist/aoai-proxy-$$GOOS-$$GOARCH$$(go env GOEXE) . || exit; \
+	done
+	cd dist && sha256sum aoai-proxy-* >SHA256SUMS
 
 clean:
 	rm -rf aoai-proxy dist
