@@ -110,13 +110,13 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 }
 
 // warm opens the first connection to the upstream, so that the first request need not wait for it.
-// It gives up a request as soon as the transport has set about dialing: since Go 1.23 the transport
-// dials on and keeps the connection for the next request. Nothing is sent but the TLS handshake.
+// It gives up its own request as soon as the transport dials: since Go 1.23 the transport dials on and
+// keeps the connection for the next request. Nothing is sent but the TLS handshake.
 func (f *forwarder) warm() {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	trace := &httptrace.ClientTrace{GetConn: func(string) { cancel() }}
-	req := &http.Request{Method: http.MethodGet, URL: f.target}
+	trace := &httptrace.ClientTrace{ConnectStart: func(string, string) { cancel() }}
+	req := &http.Request{Method: http.MethodHead, URL: f.target, Header: http.Header{}}
 	if resp, err := f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace))); err == nil {
 		resp.Body.Close()
 	}
@@ -725,7 +725,7 @@ func explain(resp *http.Response, said []byte, t token) string {
 	for _, r := range refusals {
 		if r.status == resp.StatusCode && strings.Contains(string(said), r.word) {
 			c := t.claims()
-			text += "; hint: " + strings.NewReplacer("{id}", c.identity(), "{aud}", printable(fmt.Sprint(c.Audience))).Replace(r.hint)
+			text += "; hint: " + strings.NewReplacer("{id}", c.identity(), "{aud}", printable(c.Audience)).Replace(r.hint)
 			break
 		}
 	}
@@ -739,7 +739,7 @@ func explain(resp *http.Response, said []byte, t token) string {
 // req and its answer resp, if there was one. A client that leaves is the cause of all else.
 func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start time.Time, what string) {
 	if r.Context().Err() != nil {
-		what = "client left"
+		what = "client left, or the proxy stopped"
 	}
 	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
 		what += "; apim-request-id " + resp.Header.Get("Apim-Request-Id")

@@ -964,7 +964,11 @@ func TestFirstConnectionIsHadBeforeTheFirstRequest(t *testing.T) {
 	upstream.StartTLS()
 	t.Cleanup(upstream.Close)
 	startProxy(t, newFakeIdentity(t), upstream, nil)
-	<-hello
+	select {
+	case <-hello:
+	case <-time.After(20 * time.Second):
+		t.Error("no connection was opened")
+	}
 }
 
 func FuzzPath(f *testing.F) {

@@ -53,7 +53,7 @@ func (t token) validAt(now time.Time) bool {
 // claims are what a token says of itself ("Access token claims reference"). They are shown, never
 // relied on: it is the upstream that verifies them.
 type claims struct {
-	Audience any    `json:"aud"`
+	Audience string `json:"aud"`
 	Tenant   string `json:"tid"`
 	Object   string `json:"oid"`
 	Client   string `json:"appid"`
@@ -66,6 +66,13 @@ func (t token) claims() (c claims) {
 		json.Unmarshal(payload, &c)
 	}
 	return c
+}
+
+func (c claims) String() string {
+	if c == (claims{}) {
+		return "not a readable JWT"
+	}
+	return fmt.Sprintf("audience %v, tenant %s, object id %s, client id %s", c.Audience, c.Tenant, c.Object, c.Client)
 }
 
 // identity names whose token it is.
@@ -440,17 +447,18 @@ func readKey(challenge, dir string) (string, error) {
 		return "", fmt.Errorf("it does not name a .key file in %s", dir)
 	}
 	info, err := os.Lstat(path)
-	if err == nil && (!info.Mode().IsRegular() || info.Size() > 4096) {
+	var key []byte
+	switch {
+	case err != nil:
+	case !info.Mode().IsRegular() || info.Size() > 4096:
 		err = fmt.Errorf("%s is not a regular file of 4096 bytes at most", path)
+	default:
+		key, err = os.ReadFile(path)
 	}
-	if err != nil {
-		return "", err
-	}
-	key, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrPermission) {
 		err = fmt.Errorf("%w; hint: run as root, or join the group himds", err)
 	}
-	if err == nil && !isASCII(string(key)) {
+	if !isASCII(string(key)) {
 		err = fmt.Errorf("%s has bytes that a header cannot carry", path)
 	}
 	return string(key), err

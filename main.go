@@ -180,8 +180,11 @@ func parseDotEnv(text string) (map[string]string, error) {
 // parseDotEnvLine reads NAME=value, with or without an export before it. The value is in single or
 // double quotes, or bare up to a comment; there are no escapes and no expansions.
 func parseDotEnvLine(line string) (name, value string, ok bool) {
-	name, value, ok = strings.Cut(strings.TrimPrefix(line, "export "), "=")
-	name = strings.TrimSpace(name)
+	before, value, ok := strings.Cut(line, "=")
+	if words := strings.Fields(before); len(words) == 2 && words[0] == "export" {
+		before = words[1]
+	}
+	name = strings.TrimSpace(before)
 	if !ok || !variableName.MatchString(name) || strings.ContainsRune(value, 0) {
 		return "", "", false
 	}
@@ -190,13 +193,13 @@ func parseDotEnvLine(line string) (name, value string, ok bool) {
 		rest = strings.TrimSpace(rest)
 		return name, value, closed && (rest == "" || rest[0] == '#')
 	}
-	if comment := strings.Index(value, " #"); comment >= 0 {
-		value = value[:comment]
-	}
-	return name, strings.TrimSpace(value), true
+	return name, strings.TrimSpace(comment.ReplaceAllString(value, "")), true
 }
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+var (
+	variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+	comment      = regexp.MustCompile(`\s#.*`)
+)
 
 // config is the settings, checked.
 type config struct {
@@ -253,8 +256,8 @@ func parseTarget(raw string) (*url.URL, error) {
 	switch {
 	case raw == "":
 		return nil, errors.New("TARGET_URL: not set; " + want)
-	case err != nil || u.Hostname() == "" || strings.Contains(raw, " "):
-		return nil, errors.New("TARGET_URL: not a URL with a host; " + want)
+	case err != nil || u.Scheme == "" || u.Hostname() == "" || strings.Contains(raw, " "):
+		return nil, errors.New("TARGET_URL: not a URL with https:// and a host; " + want)
 	case u.Scheme != "https" && u.Scheme != "http":
 		return nil, fmt.Errorf("TARGET_URL: is for %s; %s", u.Scheme, want)
 	case u.Scheme == "http" && !isLoopback(u.Hostname()):
@@ -304,7 +307,11 @@ func listen(cfg *config) ([]net.Listener, error) {
 	var listeners []net.Listener
 	port := cfg.port
 	for _, host := range hosts {
-		ln, err := net.Listen("tcp", net.JoinHostPort(host, port))
+		network := "tcp"
+		if net.ParseIP(host).To4() != nil {
+			network = "tcp4" // or 0.0.0.0 would be every IPv6 address, too
+		}
+		ln, err := net.Listen(network, net.JoinHostPort(host, port))
 		if err != nil {
 			for _, ln := range listeners {
 				ln.Close()
@@ -388,7 +395,9 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 	}
 	p.logStart(listeners)
 	go p.tokens.token(ctx) // both so that the first request need not wait
-	go p.forward.warm()
+	if p.cfg.target.Scheme == "https" {
+		go p.forward.warm()
+	}
 	failed := make(chan error, len(listeners))
 	for _, ln := range listeners {
 		go func() { failed <- srv.Serve(ln) }()
@@ -425,7 +434,7 @@ func (c *config) whoMayUseIt() string {
 	switch {
 	case c.key != "":
 		return "EXPECTED_KEY is set: whoever has the key may use this host's identity"
-	case c.host == "":
+	case c.host == "" || isLoopback(c.host):
 		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity; " +
 			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one"
 	}
@@ -476,8 +485,7 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("token", failure.text)
 	}
 	c := t.claims()
-	ok("token", "%s", printable(fmt.Sprintf("audience %v, tenant %s, object id %s, client id %s, expires %s",
-		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))))
+	ok("token", "%s", printable(c.String()+", expires "+t.expires.Format(time.RFC3339)))
 
 	u := cfg.target.JoinPath("models")
 	if !strings.Contains(u.Path, "/v1/") { // which has no versions
@@ -505,7 +513,7 @@ func check(getenv func(string) string, out io.Writer) error {
 	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid))
 	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
 	if resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai") {
-		ok("upstream", "%s (not every service but Azure OpenAI lists its models)", answered)
+		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
 		return nil
 	}
 	if resp.StatusCode == http.StatusOK {
