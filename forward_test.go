@@ -9,8 +9,11 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"flag"
 	"fmt"
+	goversion "go/version"
 	"io"
 	"log"
 	"net"
@@ -142,6 +145,773 @@ func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.buf.String()
+}
+
+type vars = map[string]string
+
+// safetyNet ends a test that would hang; no test waits for it.
+const safetyNet = 20 * time.Second
+
+// logLines is a log, line by line.
+type logLines chan string
+
+func (l logLines) Write(p []byte) (int, error) {
+	l <- strings.TrimSuffix(string(p), "\n")
+	return len(p), nil
+}
+
+// waitFor returns the first line from here on that contains text, and the lines before it.
+func (l logLines) waitFor(t testing.TB, text string) (line string, before []string) {
+	t.Helper()
+	timeout := time.After(safetyNet)
+	for {
+		select {
+		case line, ok := <-l:
+			if !ok {
+				t.Fatalf("the log ended without %q: %q", text, before)
+			}
+			if strings.Contains(line, text) {
+				return line, before
+			}
+			before = append(before, line)
+		case <-timeout:
+			t.Fatalf("no %q in the log: %q", text, before)
+		}
+	}
+}
+
+// followLog gives the log of the test as it is written.
+func followLog(t testing.TB) logLines {
+	lines := make(logLines, 1000)
+	log.SetOutput(lines)
+	t.Cleanup(func() { log.SetOutput(os.Stderr) })
+	return lines
+}
+
+// program is aoai-proxy as a process of its own.
+type program struct {
+	*exec.Cmd
+	stdout bytes.Buffer
+	stderr logLines // closed when the process has ended
+}
+
+// startProgram starts aoai-proxy with no environment but env, in a directory that has no file but,
+// if there is text for it, a .env.
+func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *program {
+	t.Helper()
+	executable, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), safetyNet)
+	p := &program{Cmd: exec.CommandContext(ctx, executable, args...), stderr: make(logLines, 1000)}
+	p.Dir = t.TempDir()
+	if dotEnv != "" {
+		if err := os.WriteFile(filepath.Join(p.Dir, ".env"), []byte(dotEnv), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.Env = []string{"AOAI_PROXY_TEST_MAIN=1",
+		"GORACE=atexit_sleep_ms=0", // or -race adds a second
+		"GOCOVERDIR=" + p.Dir}      // or -cover adds a line
+	for name, value := range env {
+		p.Env = append(p.Env, name+"="+value)
+	}
+	p.Stdout = &p.stdout
+	stderr, err := p.StderrPipe()
+	if err == nil {
+		err = p.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(p.stderr)
+		for lines := bufio.NewScanner(stderr); lines.Scan(); {
+			p.stderr <- lines.Text()
+		}
+	}()
+	t.Cleanup(func() {
+		cancel()
+		p.end()
+	})
+	return p
+}
+
+// end waits until the process ends, and returns its exit status and the rest of its stderr.
+func (p *program) end() (status int, stderr []string) {
+	for line := range p.stderr {
+		stderr = append(stderr, line)
+	}
+	p.Wait()
+	return p.ProcessState.ExitCode(), stderr
+}
+
+// noIdentity is what IMDS says on a host without one.
+const noIdentity = `{"error":"invalid_request","error_description":"Identity not found"}`
+
+func TestSettings(t *testing.T) {
+	const scope = "https://cognitiveservices.azure"
+	tests := []struct{ name, variable, value, want string }{
+		{"defaults", "", "", "https://b.example/openai/ host= port=8081 key= scope=" + scope + ".com/.default debug=false"},
+		{"empty is unset", "PORT", "", "port=8081 "},
+		{"white space trimmed", "EXPECTED_KEY", "\tk\n", "key=k "},
+		{"white space around the target", "TARGET_URL", " https://b.example/openai/ \n", "https://b.example/openai/ "},
+		{"missing slash supplied", "TARGET_URL", "https://b.example/openai", "https://b.example/openai/ "},
+		{"escapes kept", "TARGET_URL", "https://b.example/a%2Fb/openai", "https://b.example/a%2Fb/openai/ "},
+		{"US Government", "TARGET_URL", "https://a.openai.azure.us/openai/", scope + ".us/.default "},
+		{"China, in capitals", "TARGET_URL", "https://A.OPENAI.AZURE.CN:443/openai/", scope + ".cn/.default "},
+		{"azure.us elsewhere in the host", "TARGET_URL", "https://azure.us.example/openai/", scope + ".com/.default "},
+		{"scope set", "AZURE_OPENAI_SCOPE", "https://ai.azure.com/.default", "scope=https://ai.azure.com/.default "},
+		{"http for localhost", "TARGET_URL", "http://localhost:1/openai", "http://localhost:1/openai/ "},
+		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
+		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
+		{"any port", "PORT", " 0", "port=0 "},
+		{"debug in capitals", "AZURE_LOG_LEVEL", "DEBUG", "debug=true"},
+	}
+	for _, tt := range tests {
+		cfg, err := loadConfig(func(name string) string {
+			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
+		})
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v", cfg.target, cfg.host, cfg.port, cfg.key, cfg.scope, cfg.debug)
+		if !strings.Contains(got, tt.want) {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestBadSettingIsNamedWithARightValue(t *testing.T) {
+	const aBase, https, zero = "https://my-aoai.openai.azure.com/openai/", "want https", "from 0 to 65535 such as 8081"
+	tests := []struct{ name, variable, value, right string }{
+		{"target unset", "TARGET_URL", "", aBase},
+		{"target without scheme", "TARGET_URL", "b.example/openai/", aBase},
+		{"target without host", "TARGET_URL", "https://:443/openai/", aBase},
+		{"target with a wrong escape", "TARGET_URL", "https://b.example/%zz-s3cret", aBase},
+		{"target with a space", "TARGET_URL", "https://b.example/ s3cret", aBase},
+		{"target with a line break", "TARGET_URL", "https://b.example/\ns3cret", aBase},
+		{"target that is a key", "TARGET_URL", "s3cret", aBase},
+		{"target for another protocol", "TARGET_URL", "ftp://b.example/openai/", aBase},
+		{"target with a password", "TARGET_URL", "https://user:s3cret@b.example/openai/", aBase},
+		{"target with a key", "TARGET_URL", "https://b.example/openai/?api-key=s3cret", aBase},
+		{"target with a fragment", "TARGET_URL", "https://b.example/openai/#s3cret", aBase},
+		{"target with a dot segment", "TARGET_URL", "https://b.example/openai/%2e%2E/s3cret", aBase},
+		{"http over a network", "TARGET_URL", "http://10.0.0.4/openai/", https},
+		{"http with a password", "TARGET_URL", "http://user:s3cret@b.example/openai/?api-key=s3cret", https},
+		{"http for a name that begins with localhost", "TARGET_URL", "http://localhost.example/openai/", https},
+		{"http for a name that begins with 127.0.0.1", "TARGET_URL", "http://127.0.0.1.example/openai/", https},
+		{"port that is a name", "PORT", "http", zero},
+		{"port above 65535", "PORT", "65536", zero},
+		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
+		{"key beyond ASCII", "EXPECTED_KEY", "s3cret-ä", "printable ASCII"},
+		{"scope with a space", "AZURE_OPENAI_SCOPE", "https://a/.default https://b/.default", "https://cognitiveservices.azure.com/.default"},
+		{"IMDS without scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "169.254.169.254", "http://169.254.169.254"},
+		{"endpoint without its secret", "IDENTITY_ENDPOINT", "http://127.0.0.1/s3cret", "IDENTITY_HEADER"},
+		{"secret without its endpoint", "IDENTITY_HEADER", "s3cret", "set both"},
+	}
+	for _, tt := range tests {
+		_, err := loadConfig(func(name string) string {
+			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
+		})
+		if err == nil {
+			t.Errorf("%s: accepted", tt.name)
+			continue
+		}
+		text := err.Error()
+		if !strings.HasPrefix(text, tt.variable) || !strings.Contains(text, tt.right) {
+			t.Errorf("%s: got %q, want it to begin with %s and to contain %q", tt.name, text, tt.variable, tt.right)
+		}
+		if strings.Contains(text, "s3cret") || strings.ContainsAny(text, "\n\x01") {
+			t.Errorf("%s: the error shows a secret or has control characters: %q", tt.name, text)
+		}
+	}
+}
+
+func TestDotEnv(t *testing.T) {
+	tests := []struct{ name, text, want string }{
+		{"nothing", "", `map[]`},
+		{"plain", "A=1\nB_2=x y", `map["A":"1" "B_2":"x y"]`},
+		{"blank lines and comments", "\n# A=0\n  # B=0\n\nA=1\n", `map["A":"1"]`},
+		{"white space", " A = 1 \n\tB\t=\t2\t", `map["A":"1" "B":"2"]`},
+		{"export", "export A=1\n  export B='2'\nexport=3", `map["A":"1" "B":"2" "export":"3"]`},
+		{"quotes", "A=\" 1 \"\nB=' \"2\" '", `map["A":" 1 " "B":" \"2\" "]`},
+		{"no escapes, no expansion", "A=\"\\n$HOME\"\nB=$(x)", `map["A":"\\n$HOME" "B":"$(x)"]`},
+		{"empty", "A=\nB=''\nC=\"\"", `map["A":"" "B":"" "C":""]`},
+		{"inline comment", "A=1 # one\nB='2' # two\nC=\"3\"# three\nD= # four", `map["A":"1" "B":"2" "C":"3" "D":""]`},
+		{"# in a value", "A=1#2\nB='1 # 2'\nC=#3", `map["A":"1#2" "B":"1 # 2" "C":"#3"]`},
+		{"CRLF", "A=1\r\nB='2'\r\n\r\n", `map["A":"1" "B":"2"]`},
+		{"BOM", "\ufeffA=1\nB=2", `map["A":"1" "B":"2"]`},
+		{"last one counts", "A=1\nA=2", `map["A":"2"]`},
+
+		{"no =", "s3cret", "line 1"},
+		{"no = after lines of all kinds", "# x\r\n\r\nA=1\r\ns3cret", "line 4"},
+		{"no name", "A=1\n=s3cret", "line 2"},
+		{"name with a hyphen", "\n\ns3cret-key=1", "line 3"},
+		{"name with a space", "set A=s3cret", "line 1"},
+		{"open double quotes", "A=1\nB=\"s3cret", "line 2"},
+		{"open single quotes", "B='s3cret\"", "line 1"},
+		{"text after quotes", "B='s3cret's3cret", "line 1"},
+		{"NUL", "A=s3cret\x00", "line 1"},
+		{"UTF-16", "\xff\xfeA\x00=\x001\x00", "line 1"},
+	}
+	for _, tt := range tests {
+		vars, err := parseDotEnv(tt.text)
+		got, want := fmt.Sprintf("%q", vars), tt.want
+		if err != nil {
+			got, want = err.Error(), want+`: want NAME=value, NAME="value" or # comment`
+		}
+		if got != want {
+			t.Errorf("%s: got %q, want %q", tt.name, got, want)
+		}
+	}
+}
+
+// FuzzDotEnv: what is read can be set in an environment and is read again from what it is written
+// as, and an error depends on nothing but the number of a line.
+func FuzzDotEnv(f *testing.F) {
+	for _, seed := range []string{"", "A=1\nexport B='2' # two\r\n", "\ufeffA=\"1\"", "A='", "x", "A=\x00", "=\n#"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		got, err := parseDotEnv(text)
+		if err != nil {
+			number, rest, _ := strings.Cut(strings.TrimPrefix(err.Error(), "line "), ":")
+			n, _ := strconv.Atoi(number)
+			if n < 1 || n > 1+strings.Count(text, "\n") || rest != ` want NAME=value, NAME="value" or # comment` {
+				t.Fatalf("%q: error %v", text, err)
+			}
+			return
+		}
+		for name, value := range got {
+			if strings.ContainsAny(name, "= \t\r\n\x00") || name == "" || strings.ContainsAny(value, "\n\x00") || !strings.Contains(text, value) {
+				t.Fatalf("%q: got %q=%q", text, name, value)
+			}
+			quote := `"`
+			if strings.Contains(value, quote) {
+				quote = "'"
+			}
+			if strings.Contains(value, quote) {
+				continue // cannot be written
+			}
+			again, err := parseDotEnv("export " + name + " = " + quote + value + quote + " # " + value)
+			if err != nil || again[name] != value {
+				t.Fatalf("%q: %s was %q, then %q, %v", text, name, value, again[name], err)
+			}
+		}
+	})
+}
+
+func TestBadSettingsAreOneLine(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	const target = "https://b.example/openai/"
+	tests := []struct {
+		name, dotEnv string
+		env          vars
+		arg          string
+		want         string
+	}{
+		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as https://my-aoai.openai.azure.com/openai/"},
+		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
+		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "", "PORT: want a number"},
+		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "", ".env line 3: want NAME=value"},
+		{"port in use", "", vars{"TARGET_URL": target, "PORT": port}, "", "want a free port such as 8082"},
+		{"port in use, with a key", "", vars{"TARGET_URL": target, "PORT": port, "HOST": "127.0.0.1", "EXPECTED_KEY": "s3cret"}, "", port},
+		{"unknown flag", "", vars{"TARGET_URL": target}, "-port=1", "-port"},
+		{"argument", "", vars{"TARGET_URL": target}, "check", `unexpected argument "check"`},
+		{"bad port checked", "", vars{"TARGET_URL": target, "PORT": "x"}, "-check", "settings failed the check"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.env["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = "http://127.0.0.1:1"
+			status, stderr := startProgram(t, tt.dotEnv, tt.env, strings.Fields(tt.arg)...).end()
+			if status != 1 || len(stderr) != 1 {
+				t.Fatalf("got exit status %d and %q, want 1 and one line", status, stderr)
+			}
+			if !strings.HasPrefix(stderr[0], "aoai-proxy: ") || !strings.Contains(stderr[0], tt.want) {
+				t.Errorf("got %q, want %q", stderr[0], tt.want)
+			}
+			if strings.Contains(stderr[0], "s3cret") {
+				t.Errorf("%q shows a secret", stderr[0])
+			}
+		})
+	}
+}
+
+func TestProgramSaysWhatItIsAsked(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { writeJSON(w, 200, `{}`) }))
+	defer upstream.Close()
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: upstream.Certificate().Raw})
+	if err := os.WriteFile(ca, block, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fine := vars{"TARGET_URL": upstream.URL + "/openai/", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "SSL_CERT_FILE": ca}
+	const settings = "TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID IDENTITY_ENDPOINT IDENTITY_HEADER " +
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST AZURE_LOG_LEVEL -check -version"
+	tests := []struct {
+		name, arg string
+		env       vars
+		want      []string
+	}{
+		{"-h", "-h", vars{}, strings.Fields(settings)},
+		{"-version", "-version", vars{}, []string{"aoai-proxy ", runtime.Version(), runtime.GOOS + "/" + runtime.GOARCH}},
+		{"-check with a CA of one's own", "-check", fine, []string{"ok    token", "ok    TLS", "ok    upstream"}},
+	}
+	for _, tt := range tests {
+		if tt.arg == "-check" && runtime.GOOS != "linux" {
+			continue // SSL_CERT_FILE is not for macOS and Windows
+		}
+		p := startProgram(t, "", tt.env, tt.arg)
+		if status, stderr := p.end(); status != 0 || stderr != nil {
+			t.Errorf("%s: got exit status %d and %q on stderr, want 0 and nothing", tt.name, status, stderr)
+		}
+		for _, want := range tt.want {
+			if !strings.Contains(p.stdout.String(), want) {
+				t.Errorf("%s: no %q in %s", tt.name, want, p.stdout.String())
+			}
+		}
+	}
+}
+
+func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
+	identity := newFakeIdentity(t)
+	env := vars{"PORT": "0", "EXPECTED_KEY": "", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}
+	const dotEnv = "# mine\nTARGET_URL='http://127.0.0.1:1/openai'\nPORT=1\nexport EXPECTED_KEY=s3cret\n"
+	p := startProgram(t, dotEnv, env)
+	p.stderr.waitFor(t, "read .env")
+	line, _ := p.stderr.waitFor(t, "proxy listening on :")
+	if !strings.HasSuffix(line, " ➜ http://127.0.0.1:1/openai/") || strings.Contains(line, " :1 ") {
+		t.Errorf("got %q, want a port of the proxy's own choice and the target of .env", line)
+	}
+	p.stderr.waitFor(t, "EXPECTED_KEY is set")
+
+	env["TARGET_URL"] = "http://127.0.0.1:1/openai"
+	_, before := startProgram(t, "", env).stderr.waitFor(t, "EXPECTED_KEY")
+	if log := strings.Join(before, "\n"); strings.Contains(log, ".env") || !strings.Contains(log, "listening on 127.0.0.1:") {
+		t.Errorf("without .env the log says %s", log)
+	}
+}
+
+func TestListensWhereSettingsSay(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream := newUpstream(t, http.NotFound)
+	const local, everywhere = "127.0.0.1 ::1", "127.0.0.1 127.0.0.2 ::1"
+	tests := []struct {
+		name  string
+		env   vars
+		addrs string // in the log
+		reach string
+		says  string
+	}{
+		{"neither", vars{}, "127.0.0.1:PORT [::1]:PORT", local, "no EXPECTED_KEY: every user of this host, and nobody else"},
+		{"key", vars{"EXPECTED_KEY": "k"}, ":PORT", everywhere, "EXPECTED_KEY is set"},
+		{"host", vars{"HOST": "127.0.0.1"}, "127.0.0.1:PORT", "127.0.0.1", "no EXPECTED_KEY: every user of this host"},
+		{"host and key", vars{"HOST": "127.0.0.1", "EXPECTED_KEY": "k"}, "127.0.0.1:PORT", "127.0.0.1", "EXPECTED_KEY is set"},
+		{"IPv6 host", vars{"HOST": "::1"}, "[::1]:PORT", "::1", "no EXPECTED_KEY: every user of this host"},
+		{"every IPv4 address", vars{"HOST": "0.0.0.0"}, "0.0.0.0:PORT", "127.0.0.1 127.0.0.2", "warning: no EXPECTED_KEY"},
+		{"IPv6 host in brackets", vars{"HOST": "[::1]", "EXPECTED_KEY": "k"}, "[::1]:PORT", "::1", "EXPECTED_KEY is set"},
+		{"path without openai", vars{"TARGET_URL": upstream.URL + "/anthropic/"}, "127.0.0.1:PORT [::1]:PORT", local, "no EXPECTED_KEY"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if strings.Contains(tt.env["HOST"], "::1") && !hasIPv6Loopback() {
+				t.Skip("no IPv6 here")
+			}
+			lines := followLog(t)
+			p := startProxy(t, identity, upstream, tt.env)
+			line, before := lines.waitFor(t, "EXPECTED_KEY")
+			if !strings.Contains(line, tt.says) {
+				t.Errorf("the log says %q, want %q", line, tt.says)
+			}
+			var got, want []string
+			warned := false
+			for _, line := range before {
+				if _, addr, ok := strings.Cut(line, "proxy listening on "); ok {
+					got = append(got, addr)
+				}
+				warned = warned || strings.Contains(line, "warning: the path of TARGET_URL has no openai in it")
+			}
+			if warned != (tt.env["TARGET_URL"] != "") {
+				t.Errorf("warned of a path without openai: %v", warned)
+			}
+			_, port, _ := net.SplitHostPort(p.addr)
+			for _, addr := range strings.Fields(strings.ReplaceAll(tt.addrs, "PORT", port)) {
+				if !strings.HasPrefix(addr, "[::1]") || hasIPv6Loopback() {
+					want = append(want, addr+" ➜ "+p.cfg.target.String())
+				}
+			}
+			if !slices.Equal(got, want) || port == "0" {
+				t.Errorf("the log says it listens on %q, want %q", got, want)
+			}
+			var reached []string
+			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+				if conn, err := net.Dial("tcp", net.JoinHostPort(host, port)); err == nil {
+					conn.Close()
+					reached = append(reached, host)
+				}
+			}
+			reach := slices.DeleteFunc(strings.Fields(tt.reach), func(host string) bool {
+				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6Loopback()
+			})
+			if !slices.Equal(reached, reach) {
+				t.Errorf("it can be reached at %q, want %q", reached, reach)
+			}
+			p.ready(context.Background()) // or the fetch at start-up would outlive the identity endpoint
+		})
+	}
+}
+
+// heldUpstream is a fakeAzure that also has /stream: one event, and a second one when told so.
+func heldUpstream(t testing.TB, identity *fakeIdentity) (upstream *httptest.Server, release chan struct{}) {
+	t.Helper()
+	azure := &fakeAzure{identity: identity}
+	release = make(chan struct{})
+	return newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/openai/stream" {
+			azure.ServeHTTP(w, r)
+			return
+		}
+		io.WriteString(w, "data: 1\n\n")
+		w.(http.Flusher).Flush()
+		select {
+		case <-release:
+			io.WriteString(w, "data: 2\n\n")
+		case <-r.Context().Done():
+		}
+	}), release
+}
+
+// openStream asks the proxy for a stream and reads its first event.
+func openStream(t testing.TB, proxyURL string) io.Reader {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), safetyNet)
+	t.Cleanup(cancel)
+	req, _ := http.NewRequestWithContext(ctx, "GET", proxyURL+"/stream", nil)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { resp.Body.Close() })
+	first := make([]byte, len("data: 1\n\n"))
+	if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != "data: 1\n\n" {
+		t.Fatalf("first event %q, %v", first, err)
+	}
+	return resp.Body
+}
+
+// openTunnel opens a WebSocket through the proxy, reads the greeting and returns an echo.
+func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(safetyNet))
+	fmt.Fprintf(conn, "GET /realtime HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", addr)
+	r := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil || resp.StatusCode != 101 {
+		t.Fatalf("upgrade: %v, %v", resp, err)
+	}
+	if _, _, err := readFrame(r); err != nil {
+		t.Fatal(err)
+	}
+	return conn, func() error {
+		if err := writeFrame(conn, 1, []byte("hello")); err != nil {
+			return err
+		}
+		_, payload, err := readFrame(r)
+		if err == nil && string(payload) != "hello" {
+			err = fmt.Errorf("echo of hello: %q", payload)
+		}
+		return err
+	}
+}
+
+func TestStreamsAndTunnelsOutliveSignal(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream, release := heldUpstream(t, identity)
+	lines := followLog(t)
+	p := startProxy(t, identity, upstream, nil)
+	stream := openStream(t, p.url)
+	conn, echo := openTunnel(t, p.addr)
+	p.signals <- syscall.SIGTERM
+	lines.waitFor(t, "draining 2 streams (up to 10m0s")
+
+	w := httptest.NewRecorder()
+	p.ServeHTTP(w, httptest.NewRequest("GET", "/readyz", nil))
+	if w.Code != 503 || w.Body.String() != "shutting down\n" {
+		t.Errorf("draining: /readyz answers %d %q, want 503", w.Code, w.Body)
+	}
+	for deadline := time.Now().Add(safetyNet); ; { // the listener closes just after the log says so
+		conn, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			break
+		}
+		if conn.Close(); time.Now().After(deadline) {
+			t.Fatal("draining: still accepts connections")
+		}
+	}
+	close(release)
+	if rest, err := io.ReadAll(stream); err != nil || string(rest) != "data: 2\n\n" {
+		t.Errorf("after the signal the stream went on with %q, %v", rest, err)
+	}
+	for range 1000 { // longer than a server lives that knows nothing of tunnels
+		if err := echo(); err != nil {
+			t.Fatalf("after the signal the tunnel: %v", err)
+		}
+	}
+	writeFrame(conn, 8, nil)
+	lines.waitFor(t, "stopped")
+	<-p.stopped
+}
+
+func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("has no signals between processes")
+	}
+	for _, patient := range []bool{true, false} {
+		t.Run(fmt.Sprintf("patient=%v", patient), func(t *testing.T) {
+			identity := newFakeIdentity(t)
+			upstream, release := heldUpstream(t, identity)
+			p := startProgram(t, "", vars{"TARGET_URL": upstream.URL + "/openai/", "PORT": "0", "HOST": "127.0.0.1",
+				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+			line, _ := p.stderr.waitFor(t, "proxy listening on 127.0.0.1:")
+			_, line, _ = strings.Cut(line, "listening on ")
+			addr, _, _ := strings.Cut(line, " ➜ ")
+
+			stream := openStream(t, "http://"+addr)
+			conn, echo := openTunnel(t, addr)
+			p.Process.Signal(syscall.SIGTERM)
+			p.stderr.waitFor(t, "draining 2 streams")
+			if !patient {
+				p.Process.Signal(os.Interrupt)
+				if rest, err := io.ReadAll(stream); err == nil {
+					t.Errorf("the cut stream ended as if it were whole, with %q", rest)
+				}
+				var err error
+				for err == nil { // the tunnel ends a little later
+					err = echo()
+				}
+				if errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("the tunnel is still open: %v", err)
+				}
+			} else {
+				close(release)
+				if rest, err := io.ReadAll(stream); err != nil || string(rest) != "data: 2\n\n" {
+					t.Errorf("after the signal the stream went on with %q, %v", rest, err)
+				}
+				if err := echo(); err != nil {
+					t.Errorf("after the signal the tunnel: %v", err)
+				}
+				writeFrame(conn, 8, nil)
+			}
+			status, stderr := p.end()
+			if status != 0 || !strings.Contains(strings.Join(stderr, "\n"), " stopped") {
+				t.Errorf("got exit status %d and %q, want 0 and stopped", status, stderr)
+			}
+		})
+	}
+}
+
+func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
+	fine, none := newFakeIdentity(t), newFakeIdentity(t)
+	none.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
+	tests := []struct {
+		name, method, path string
+		identity           *fakeIdentity
+		debug              string
+		status             int
+		body               string
+	}{
+		{"root", "GET", "/", fine, "", 200, "ok\n"},
+		{"healthz", "GET", "/healthz", fine, "", 200, "ok\n"},
+		{"healthz at debug", "GET", "/healthz?x=1", fine, "debug", 200, "ok\n"},
+		{"HEAD healthz", "HEAD", "/healthz", fine, "", 200, ""},
+		{"readyz", "GET", "/readyz", fine, "", 200, "ok\n"},
+		{"readyz without a token", "GET", "/readyz", none, "", 503, "Identity not found"},
+		{"POST to the root is no probe", "POST", "/", fine, "", 401, "invalid_api_key"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			upstream := newUpstream(t, func(_ http.ResponseWriter, r *http.Request) { t.Errorf("%s was forwarded", r.URL) })
+			logged := captureLog(t)
+			p := startProxy(t, tt.identity, upstream, vars{"EXPECTED_KEY": "s3cret", "AZURE_LOG_LEVEL": tt.debug})
+			req, _ := http.NewRequest(tt.method, p.url+tt.path, nil)
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.body) || tt.method == "HEAD" && len(body) > 0 {
+				t.Errorf("got %d %q, want %d %q", resp.StatusCode, body, tt.status, tt.body)
+			}
+			path, _, _ := strings.Cut(tt.path, "?")
+			if got, want := strings.Contains(logged.String(), path+" from "), tt.debug != "" || tt.status == 401; got != want {
+				t.Errorf("logged: %v, want %v: %s", got, want, logged)
+			}
+			p.ready(context.Background())
+		})
+	}
+}
+
+// TestTLSOffersWhatTodaysGoOffers looks at the ClientHello for what "go 1.22" in go.mod would bring
+// back, and at the way to have it back in need.
+func TestTLSOffersWhatTodaysGoOffers(t *testing.T) {
+	if goversion.Compare(runtime.Version(), "go1.25") < 0 {
+		t.Skip(runtime.Version() + " does not know all of the settings")
+	}
+	identity := newFakeIdentity(t)
+	for godebug, old := range map[string]bool{"": false, "http2debug=0": false, "tls3des=1,tlssha1=1,tlsmlkem=0": true} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		hellos := make(chan *tls.ClientHelloInfo, 1)
+		go func() {
+			defer close(hellos)
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			tls.Server(conn, &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+				hellos <- hello
+				return nil, errors.New("seen enough")
+			}}).Handshake()
+		}()
+		p := startProgram(t, "", vars{"TARGET_URL": "https://" + ln.Addr().String(), "GODEBUG": godebug,
+			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, "-check")
+		if status, _ := p.end(); status != 1 {
+			t.Errorf("exit status %d, want 1", status)
+		}
+		ln.Close()
+		hello := <-hellos
+		if hello == nil {
+			t.Fatalf("no ClientHello; the check says %s", &p.stdout)
+		}
+		for name, got := range map[string]bool{
+			"3DES":                         slices.Contains(hello.CipherSuites, tls.TLS_RSA_WITH_3DES_EDE_CBC_SHA) || slices.Contains(hello.CipherSuites, tls.TLS_ECDHE_RSA_WITH_3DES_EDE_CBC_SHA),
+			"SHA-1":                        slices.Contains(hello.SignatureSchemes, tls.PKCS1WithSHA1) || slices.Contains(hello.SignatureSchemes, tls.ECDSAWithSHA1),
+			"no post-quantum key exchange": !slices.Contains(hello.SupportedCurves, tls.CurveID(4588)), // X25519MLKEM768
+		} {
+			if got != old {
+				t.Errorf("GODEBUG=%s: %s: %v, want %v", godebug, name, got, old)
+			}
+		}
+	}
+}
+
+// reply is what a fake answers in a test of the check.
+type reply struct {
+	status int
+	body   string
+}
+
+func TestCheckTellsWhatIsWrong(t *testing.T) {
+	const object, cognitive = "11111111-2222-3333-4444-555555555555", "https://cognitiveservices.azure.com"
+	jwt := func(aud, oid string) string {
+		payload := fmt.Sprintf(`{"aud":%q,"tid":"tenant-1","oid":%q,"appid":"client-1"}`, aud, oid)
+		return "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(payload)) + ".c2lnbmF0dXJl"
+	}
+	gives := func(aud, oid string) reply { return reply{200, tokenAnswer(jwt(aud, oid), time.Hour)} }
+	said := func(status int, code, message string) reply {
+		return reply{status, fmt.Sprintf(`{"error":{"code":%q,"message":%q}}`, code, message)}
+	}
+	token := gives(cognitive, object)
+	const role = "az role assignment create --assignee-object-id "
+
+	untrusted := httptest.NewUnstartedServer(http.NotFoundHandler())
+	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
+	untrusted.StartTLS()
+	defer untrusted.Close()
+	closed := httptest.NewServer(nil)
+	closed.Close()
+	var identityReply, upstreamReply reply
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, r *http.Request) { writeJSON(w, identityReply.status, identityReply.body) })
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != "GET" || !strings.Contains(identityReply.body, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")) {
+			t.Errorf("%s %s with %v", r.Method, r.URL, r.Header)
+		}
+		writeJSON(w, upstreamReply.status, upstreamReply.body)
+	})
+	target := upstream.URL + "/openai/"
+
+	tests := []struct {
+		name     string
+		target   string
+		identity reply
+		upstream reply
+		want     []string // in the output; of a fault, the first is the step that fails
+	}{
+		{"everything fine", target, token, reply{200, `{}`}, []string{"object id " + object, "tenant tenant-1", "client id client-1", "/openai/models?api-version=2024-10-21: answered 200"}},
+		{"everything fine, v1", target + "v1/", token, reply{200, `{}`}, []string{"ok    TCP: connected to 127.0.0.1:", "/openai/v1/models: answered 200", "audience " + cognitive}},
+		{"opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)}, reply{200, `{}`}, []string{"ok    upstream: "}},
+		{"service without a list of models", upstream.URL + "/anthropic/", token, reply{404, ""}, []string{"ok    upstream: ", "as services other than Azure OpenAI may"}},
+
+		{"bad setting", "http://10.0.0.4/", token, reply{}, []string{"FAIL  settings: TARGET_URL: ", "want https"}},
+		{"no identity", target, reply{400, noIdentity}, reply{}, []string{"FAIL  token: ", "answered 400: invalid_request: Identity not found", "hint: assign a managed identity to this host"}},
+		{"several identities", target, said(400, "invalid_request", "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"), reply{}, []string{"FAIL  token: ", "hint: set AZURE_CLIENT_ID"}},
+		{"wrong audience", target, gives("https://management.azure.com", object), said(401, "401", "Access token is missing, invalid, audience is incorrect (https://cognitiveservices.azure.com), or have expired."), []string{"FAIL  upstream: ", "hint: the token is for https://management.azure.com, the wrong audience: set AZURE_OPENAI_SCOPE"}},
+		{"role missing", target, token, said(401, "PermissionDenied", "Principal does not have access to API/Operation."), []string{"FAIL  upstream: ", "object id " + object + " lacks the role Cognitive Services OpenAI User", "takes minutes", role + object + " ", `--role "Cognitive Services OpenAI User"`}},
+		{"role missing, in other words", target, token, said(401, "PermissionDenied", "The principal `"+object+"` lacks the required data action"), []string{"FAIL  upstream: ", role + object}},
+		{"role missing, to an id that is none", target, gives(cognitive, "$(touch x)"), said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
+		{"firewall", target, token, said(403, "AccessDenied", "Access denied due to Virtual Network/Firewall rules."), []string{"FAIL  upstream: ", "answered 403 Forbidden", "hint: the resource's network rules refuse this host"}},
+		{"regional endpoint", target, token, said(400, "BadRequest", "Please provide a custom subdomain for token authentication, otherwise API key is required."), []string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens", "https://NAME.openai.azure.com/openai/"}},
+		{"key-only gateway", target, token, reply{401, `{"statusCode":401,"message":"Access denied due to missing subscription key. Make sure to include subscription key when making requests to an API."}`}, []string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
+		{"wrong path", target, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "answered 404", "hint: there is no such path: check TARGET_URL"}},
+		{"nobody listens", closed.URL + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "no answer from 127.0.0.1:", "connection failed", "refused"}},
+		{"untrusted certificate", untrusted.URL + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "certificate not trusted", "hint: name a file with your own CA in SSL_CERT_FILE"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			identityReply, upstreamReply = tt.identity, tt.upstream
+			var buf bytes.Buffer
+			err := check(func(name string) string {
+				return vars{"TARGET_URL": tt.target, "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}[name]
+			}, &buf)
+			out := buf.String()
+			for _, want := range tt.want {
+				if !strings.Contains(out, want) {
+					t.Errorf("no %q in the output", want)
+				}
+			}
+			failed := strings.HasPrefix(tt.want[0], "FAIL")
+			if (err != nil) != failed || strings.Count(out, "FAIL") != strings.Count(tt.want[0], "FAIL") {
+				t.Errorf("got error %v, want one: %v", err, failed)
+			}
+			for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+				if !strings.HasPrefix(line, "ok    ") && !strings.HasPrefix(line, "FAIL  ") && !strings.HasPrefix(line, "      ") {
+					t.Errorf("line %q", line)
+				}
+			}
+			for _, never := range []string{"c2lnbmF0dXJl", "eyJ", "opaque", role + "$"} {
+				if strings.Contains(out, never) {
+					t.Errorf("%q in the output", never)
+				}
+			}
+			if got, want := strings.Contains(out, role), slices.Contains(tt.want, role+object) || slices.Contains(tt.want, role+object+" "); got != want {
+				t.Errorf("the command that gives the role: %v, want %v", got, want)
+			}
+			if t.Failed() {
+				t.Log("\n" + out)
+			}
+		})
+	}
 }
 
 // recorder is an upstream that keeps what it was sent and answers 200.
