@@ -51,9 +51,6 @@ func (f *fakeIdentity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // answerWith makes f answer by handler from now on.
 func (f *fakeIdentity) answerWith(handler http.HandlerFunc) { f.answer.Store(&handler) }
 
-// token is the newest token that f has given.
-func (f *fakeIdentity) token() string { return "token-" + strconv.FormatInt(f.fetches.Load(), 10) }
-
 // gave tells whether f gave the token in an Authorization header.
 func (f *fakeIdentity) gave(authorization string) bool {
 	number, ok := strings.CutPrefix(authorization, "Bearer token-")
@@ -959,7 +956,7 @@ func TestNothingTheEndpointSaysLeaksOrForges(t *testing.T) {
 		{"status line", answerRaw("s3cret\u202e\u2028\r\n\r\n")},
 		{"status", answerRaw("HTTP/1.1 400 s3cret\u202e\u2028\r\nContent-Length: 0\r\n\r\n")},
 		{"Location", func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, "http://127.0.0.1/?s3cret", 302)
+			http.Redirect(w, r, "http://127.0.0.1/?s3cret", http.StatusFound)
 		}},
 		{"a token", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer("s3cret", time.Hour)) }},
 	} {
@@ -1030,7 +1027,7 @@ func TestRedirectThatCannotBeReadFailsAtOnce(t *testing.T) {
 	s, _ := newTestSource(t, f, imdsEnv)
 	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Location", "http://%zz/")
-		w.WriteHeader(302)
+		w.WriteHeader(http.StatusFound)
 	})
 	_, failure := s.fetch(context.Background())
 	if failure.transient {
@@ -1047,7 +1044,7 @@ func TestErrorIsBounded(t *testing.T) {
 		},
 		"location": func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Location", "http://%zz/"+strings.Repeat("x", 100_000))
-			w.WriteHeader(302)
+			w.WriteHeader(http.StatusFound)
 		},
 		"header line": answerRaw("HTTP/1.1 200 OK\r\n" + strings.Repeat("x", 100_000) + "\r\n\r\n"),
 		"status line": answerRaw(strings.Repeat("x", 100_000) + "\r\n\r\n"),
