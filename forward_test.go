@@ -2327,6 +2327,7 @@ func streamEvents(before func()) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		w.Header().Set("Content-Type", "text/event-stream")
+		w.(http.Flusher).Flush() // the head, which the client waits for
 		n, _ := strconv.Atoi(r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:])
 		for range n {
 			if before != nil {
