@@ -122,19 +122,6 @@ func (f *forwarder) warm() {
 	}
 }
 
-// waitForTunnels waits until there are no tunnels, or for ctx.
-func (f *forwarder) waitForTunnels(ctx context.Context) {
-	done := make(chan struct{})
-	go func() {
-		f.tunnels.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-ctx.Done():
-	}
-}
-
 // ServeHTTP takes one request to the upstream and its answer back.
 func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.active.Add(1)

@@ -452,9 +452,12 @@ func (p *proxy) drain(srv *http.Server, signals <-chan os.Signal) error {
 		<-signals
 		cancel()
 	}()
-	if srv.Shutdown(ctx) == nil { // which knows nothing of tunnels
-		p.forward.waitForTunnels(ctx)
-	}
+	go func() {
+		srv.Shutdown(ctx) // which knows nothing of tunnels
+		p.forward.tunnels.Wait()
+		cancel()
+	}()
+	<-ctx.Done()
 	srv.Close()
 	log.Print("stopped")
 	return nil
