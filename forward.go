@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"net/http/httptrace"
 	"net/textproto"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -283,20 +285,14 @@ func hasDotSegment(path string) bool {
 	return true // nobody escapes so often with good intent
 }
 
-// unescape decodes a path's escapes and leaves alone what is none, as lenient servers do.
-func unescape(path string) string {
-	var out strings.Builder
-	for i := 0; i < len(path); i++ {
-		if path[i] == '%' && i+2 < len(path) {
-			if c, err := strconv.ParseUint(path[i+1:i+3], 16, 8); err == nil {
-				out.WriteByte(byte(c))
-				i += 2
-				continue
-			}
-		}
-		out.WriteByte(path[i])
-	}
-	return out.String()
+var escape = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
+
+// unescape decodes a URL's escapes and leaves alone what is none, as lenient servers do.
+func unescape(s string) string {
+	return escape.ReplaceAllStringFunc(s, func(escape string) string {
+		c, _ := hex.DecodeString(escape[1:])
+		return string(c)
+	})
 }
 
 // rawPath is the path as the client sent it; r.URL.Path has lost the escapes.
@@ -314,7 +310,7 @@ func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Reques
 			Scheme:     f.target.Scheme,
 			Host:       f.target.Host,
 			Opaque:     upstreamPath(f.target.EscapedPath(), rawPath(r)), // goes out as it is
-			RawQuery:   editCredentials(r.URL.RawQuery, ""),
+			RawQuery:   cutCredentials(r.URL.RawQuery),
 			ForceQuery: r.URL.ForceQuery,
 		},
 		Header:        upstreamHeader(r.Header, upgrade),
@@ -409,37 +405,26 @@ func listed(values []string) (items []string) {
 	return items
 }
 
-// editCredentials gives each credential in a query the value with, or takes it out if that is
-// empty; all else stays byte for byte. Names count decoded and in any case, as the upstream may
-// read them so; some servers split at ; too.
-func editCredentials(query, with string) string {
-	var out strings.Builder
-	changed := false
-	for rest := query; rest != ""; {
-		end := strings.IndexAny(rest[1:], "&;") + 1 // a separator goes with what follows it
-		if end == 0 {
-			end = len(rest)
-		}
-		pair := rest[:end]
-		rest = rest[end:]
+// queryPair is a pair of a query with the separator before it; some servers split at ; too.
+var queryPair = regexp.MustCompile(`[&;]?[^&;]+`)
+
+// cutCredentials takes the credentials out of a query; all else stays byte for byte. Names count
+// decoded and in any case, as the upstream may read them so.
+func cutCredentials(query string) string {
+	rest := queryPair.ReplaceAllStringFunc(query, func(pair string) string {
 		name, _, _ := strings.Cut(strings.TrimLeft(pair, "&;"), "=")
-		decoded, err := url.QueryUnescape(name)
-		if err != nil {
-			decoded = name
+		if decoded, err := url.QueryUnescape(name); err == nil {
+			name = decoded
 		}
-		switch {
-		case !credentialParams[strings.ToLower(decoded)]:
-			out.WriteString(pair)
-			continue
-		case with != "":
-			out.WriteString(pair[:strings.Index(pair, name)+len(name)] + "=" + with)
+		if credentialParams[strings.ToLower(name)] {
+			return ""
 		}
-		changed = true
+		return pair
+	})
+	if rest == query {
+		return query // even if a separator is its first byte
 	}
-	if !changed {
-		return query
-	}
-	return strings.TrimLeft(out.String(), "&;")
+	return strings.TrimLeft(rest, "&;")
 }
 
 // copyHeader sets the answer's header, less what is about the upstream's connection.
@@ -736,27 +721,21 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start 
 	log.Printf("%s %s after %v: %s", req.Method, f.redact(u), took, printable(what))
 }
 
-// redact is a URL for the log: without credentials, and with every byte that could forge a line or
-// hide in it escaped.
+// unprintable is what could forge a line of the log or hide in it.
+var unprintable = regexp.MustCompile(`[^!-~]`)
+
+// redact is a URL for the log: without credentials, and without its path if the key is in that.
 func (f *forwarder) redact(uri string) string {
 	path, query, found := strings.Cut(uri, "?")
 	if found {
-		path += "?" + editCredentials(query, "REDACTED")
+		path += "?" + cutCredentials(query)
 	}
 	if f.key != "" {
-		path = strings.ReplaceAll(path, f.key, "REDACTED")
-		path = strings.ReplaceAll(path, url.QueryEscape(f.key), "REDACTED")
-		if decoded, err := url.PathUnescape(path); err == nil && strings.Contains(decoded, f.key) {
-			path = "REDACTED"
+		for _, text := range []string{path, unescape(path), unescape(strings.ReplaceAll(path, "+", " "))} {
+			if strings.Contains(text, f.key) {
+				return "REDACTED"
+			}
 		}
 	}
-	var out strings.Builder
-	for _, c := range []byte(path) {
-		if c > ' ' && c <= '~' {
-			out.WriteByte(c)
-		} else {
-			fmt.Fprintf(&out, "%%%02X", c)
-		}
-	}
-	return out.String()
+	return unprintable.ReplaceAllStringFunc(path, url.PathEscape)
 }
