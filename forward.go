@@ -79,7 +79,6 @@ const smallBody = 256 << 10
 type forwarder struct {
 	target    *url.URL // "https://my-aoai.openai.azure.com/openai/"
 	key       string   // what clients must present; empty for nothing
-	keyHash   [sha256.Size]byte
 	tokens    *tokenSource
 	transport *http.Transport
 	active    atomic.Int64   // requests and tunnels under way
@@ -88,10 +87,9 @@ type forwarder struct {
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	return &forwarder{
-		target:  cfg.target,
-		key:     cfg.key,
-		keyHash: sha256.Sum256([]byte(cfg.key)),
-		tokens:  tokens,
+		target: cfg.target,
+		key:    cfg.key,
+		tokens: tokens,
 		transport: &http.Transport{
 			Proxy:               http.ProxyFromEnvironment,
 			DialContext:         (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
@@ -256,13 +254,11 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 			}
 		}
 	}
-	for _, key := range keys {
+	expected := sha256.Sum256([]byte(f.key))
+	return slices.ContainsFunc(keys, func(key string) bool {
 		hash := sha256.Sum256([]byte(key))
-		if subtle.ConstantTimeCompare(hash[:], f.keyHash[:]) == 1 {
-			return true
-		}
-	}
-	return false
+		return subtle.ConstantTimeCompare(hash[:], expected[:]) == 1
+	})
 }
 
 // hasDotSegment tells whether a path, decoded as often as servers on the way may decode it, has a .
@@ -554,12 +550,11 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 
 	head := http.Header{}
 	copyHeader(head, resp)
-	head.Del("Content-Type")
 	head.Set("Connection", "Upgrade")
 	head.Set("Upgrade", "websocket")
-	fmt.Fprintf(buffered, "HTTP/1.1 101 Switching Protocols\r\n")
+	fmt.Fprint(buffered, "HTTP/1.1 101 Switching Protocols\r\n")
 	head.Write(buffered)
-	fmt.Fprintf(buffered, "\r\n")
+	fmt.Fprint(buffered, "\r\n")
 	if buffered.Flush() != nil {
 		return
 	}
