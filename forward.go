@@ -460,12 +460,12 @@ func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) er
 	defer smallBuffers.Put(small)
 	buf := small[:]
 	out := http.NewResponseController(w)
-	flushHead := flushSoon(out, resp)
-	for {
-		n, readErr := resp.Body.Read(buf)
-		if err := flushHead(); err != nil {
-			return err
-		}
+	headFlushed := flushSoon(out, resp)
+	n, readErr := resp.Body.Read(buf)
+	if err := headFlushed(); err != nil {
+		return err
+	}
+	for ; ; n, readErr = resp.Body.Read(buf) {
 		if n > 0 {
 			if resp.StatusCode >= 400 {
 				said.Write(buf[:min(n, maxSaid-said.Len())])
@@ -507,12 +507,10 @@ func flushSoon(out *http.ResponseController, resp *http.Response) (done func() e
 	flushed := make(chan error, 1)
 	timer := time.AfterFunc(time.Millisecond, func() { flushed <- out.Flush() })
 	return func() error {
-		fired := timer != nil && !timer.Stop()
-		timer = nil
-		if fired {
-			return <-flushed
+		if timer.Stop() {
+			return nil
 		}
-		return nil
+		return <-flushed
 	}
 }
 
