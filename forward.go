@@ -557,14 +557,11 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 		return
 	}
 
-	done := make(chan struct{}, 2)
-	pipe := func(dst io.Writer, src io.Reader) {
-		io.Copy(dst, src)
-		done <- struct{}{}
-	}
-	go pipe(upstream, buffered.Reader) // which may hold the first bytes already
-	go pipe(client, upstream)
-	<-done
+	go func() {
+		defer closeBoth()
+		io.Copy(upstream, buffered.Reader) // which may hold the first bytes already
+	}()
+	io.Copy(client, upstream)
 }
 
 // passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a matter
