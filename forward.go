@@ -37,12 +37,13 @@ var forwardedHeaders = fields(`
 	X-Responsesapi-Include-Timing-Metrics X-Oai-Attestation
 	Extra-Parameters Aoai-Evals X-Policy-Id Azureml-Model-Deployment`)
 
-var forwardedPrefixes = []string{"Openai-", "X-Openai-", "X-Stainless-", "X-Codex-", "Anthropic-", "X-Ms-"}
+var forwardedPrefixes = strings.Fields(
+	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
 // keptPrefixes are exceptions: App Service's sign-in puts the user's own tokens into the first two,
 // front ends tell of the client's network and URL in the others.
-var keptPrefixes = []string{"X-Ms-Token-", "X-Ms-Client-Principal", "X-Ms-Privatelink-",
-	"X-Ms-Containerapp-", "X-Ms-Original-Url"}
+var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Privatelink- " +
+	"X-Ms-Containerapp- X-Ms-Original-Url")
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1).
 var webSocketHeaders = fields(`
@@ -86,13 +87,14 @@ type forwarder struct {
 }
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &forwarder{
 		target: cfg.target,
 		key:    cfg.key,
 		tokens: tokens,
 		transport: &http.Transport{
 			Proxy:               http.ProxyFromEnvironment,
-			DialContext:         (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			DialContext:         dialer.DialContext,
 			TLSHandshakeTimeout: 10 * time.Second,
 			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
 			// HTTP/1.1 only: a stream per connection, none of which can stop the others.
@@ -110,14 +112,15 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 }
 
 // warm opens the first connection to the upstream, so that the first request need not wait for it.
-// It gives up its own request as soon as the transport dials: since Go 1.23 the transport dials on and
-// keeps the connection for the next request. Nothing is sent but the TLS handshake.
+// It gives up its own request as soon as the transport dials: since Go 1.23 the transport dials on
+// and keeps the connection for the next request. Nothing is sent but the TLS handshake.
 func (f *forwarder) warm() {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	trace := &httptrace.ClientTrace{ConnectStart: func(string, string) { cancel() }}
+	ctx = httptrace.WithClientTrace(ctx, trace)
 	req := &http.Request{Method: http.MethodHead, URL: f.target, Header: http.Header{}}
-	if resp, err := f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace))); err == nil {
+	if resp, err := f.transport.RoundTrip(req.WithContext(ctx)); err == nil {
 		resp.Body.Close()
 	}
 }
@@ -165,7 +168,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		err = fmt.Errorf("unasked status %s", resp.Status)
 	}
 	if err != nil {
-		e := unreachable(f.target.Host, err)
+		e := newError(http.StatusBadGateway, "upstream_unreachable",
+			"no answer from "+f.target.Host+": "+failure(err))
 		f.logProblem(r, req, nil, start, e.Message)
 		e.write(w, r)
 		return
@@ -201,11 +205,12 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 		return newError(http.StatusBadRequest, "invalid_path",
 			"the request target must be a path: this is no HTTP proxy for other hosts")
 	case f.key == "" && mayBeWebPage(r):
-		return newError(http.StatusForbidden, "foreign_web_page", "Host, Origin or Sec-Fetch-Site is that of "+
-			"a web page: call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY")
+		return newError(http.StatusForbidden, "foreign_web_page",
+			"Host, Origin or Sec-Fetch-Site is that of a web page: "+
+				"call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY")
 	case !f.authorized(r, upgrade):
-		return newError(http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: send the proxy's "+
-			"EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer")
+		return newError(http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: "+
+			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer")
 	case hasDotSegment(rawPath(r)):
 		return newError(http.StatusBadRequest, "invalid_path", "the path must not have . or .. segments")
 	}
@@ -262,7 +267,7 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 }
 
 // hasDotSegment tells whether a path, decoded as often as servers on the way may decode it, has a .
-// or .. segment. With such a path and our token a client would get at every other API of the resource.
+// or .. segment. With one and our token a client would get at every other API of the resource.
 func hasDotSegment(path string) bool {
 	for range 8 {
 		segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
@@ -369,11 +374,9 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 }
 
 func isForwarded(name string) bool {
-	if forwardedHeaders[name] {
-		return true
-	}
 	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
-	return slices.ContainsFunc(forwardedPrefixes, hasPrefix) && !slices.ContainsFunc(keptPrefixes, hasPrefix)
+	return forwardedHeaders[name] || slices.ContainsFunc(forwardedPrefixes, hasPrefix) &&
+		!slices.ContainsFunc(keptPrefixes, hasPrefix)
 }
 
 // isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
@@ -514,8 +517,8 @@ func flushSoon(out *http.ResponseController, resp *http.Response) (done func() e
 	}
 }
 
-// abort breaks the client's connection, so that it doesn't take a part for the whole. To a client of
-// HTTP/1.0, without a length, only a reset says so.
+// abort breaks the client's connection, so that it doesn't take a part for the whole. To a client
+// of HTTP/1.0, without a length, only a reset says so.
 func abort(w http.ResponseWriter, r *http.Request) {
 	if !r.ProtoAtLeast(1, 1) {
 		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
@@ -564,9 +567,9 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	io.Copy(client, upstream)
 }
 
-// passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a matter
-// between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport may call
-// from a goroutine of its own, even after it has given up the request.
+// passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a
+// matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport may
+// call from a goroutine of its own, even after it has given up the request.
 func passInterim(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
 	var mu sync.Mutex // protects stopped, and w from two at a time
 	stopped := !r.ProtoAtLeast(1, 1)
@@ -617,11 +620,6 @@ func noToken(err error) *apiError {
 	return e
 }
 
-// unreachable is the answer when the upstream gave none.
-func unreachable(host string, err error) *apiError {
-	return newError(http.StatusBadGateway, "upstream_unreachable", "no answer from "+host+": "+failure(err))
-}
-
 func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
@@ -655,21 +653,22 @@ func failure(err error) string {
 	return printable(step + ": " + err.Error() + hint)
 }
 
-// refusals are the upstream's usual ones, most telling first: status, a word of its answer, and what
-// to do, where {id} stands for the identity.
+// refusals are the upstream's usual ones, most telling first: status, a word of its answer, and
+// what to do, where {id} stands for the identity and {aud} for the token's audience.
 var refusals = []struct {
 	status     int
 	word, hint string
 }{
-	{400, "subdomain", "a regional endpoint takes no tokens: use the resource's own, https://NAME.openai.azure.com/openai/"},
-	{401, "subdomain", "a regional endpoint takes no tokens: use the resource's own, https://NAME.openai.azure.com/openai/"},
-	{401, "subscription key", "the gateway wants a key of its own, which the proxy does not send: let it accept the token"},
+	{400, "subdomain", regional},
+	{401, "subdomain", regional},
+	{401, "subscription key", "the gateway wants a key of its own, which the proxy does not send: " +
+		"let it accept the token"},
 	{401, "PermissionDenied", roleMissing},
-	{401, "lacks the required data action", roleMissing},
-	{401, "audience", "the token is for {aud}, the wrong audience: set AZURE_OPENAI_SCOPE for this cloud or service"},
+	{401, "audience", "the token is for {aud}, the wrong audience: " +
+		"set AZURE_OPENAI_SCOPE for this cloud or service"},
 	{401, "", roleMissing},
-	{403, "irewall", "the resource's network rules refuse this host: allow its network or use the private endpoint"},
-	{403, "rivate", "the resource's network rules refuse this host: allow its network or use the private endpoint"},
+	{403, "irewall", fenced},
+	{403, "rivate", fenced},
 	{403, "", roleMissing},
 	{404, "DeploymentNotFound", "there is no deployment of this name in the resource"},
 	{404, "", "there is no such path: check TARGET_URL and the client's base URL"},
@@ -677,8 +676,13 @@ var refusals = []struct {
 }
 
 const (
+	regional = "a regional endpoint takes no tokens: " +
+		"use the resource's own, https://NAME.openai.azure.com/openai/"
+	fenced = "the resource's network rules refuse this host: " +
+		"allow its network or use the private endpoint"
 	roleName    = "Cognitive Services OpenAI User"
-	roleMissing = "{id} lacks the role " + roleName + " on the resource (a new assignment takes minutes to work)"
+	roleMissing = "{id} lacks the role " + roleName +
+		" on the resource (a new assignment takes minutes to work)"
 )
 
 // explain says what an answer of 400 or more means, and what to do about it.
@@ -687,7 +691,8 @@ func explain(resp *http.Response, said []byte, t token) string {
 	for _, r := range refusals {
 		if r.status == resp.StatusCode && strings.Contains(string(said), r.word) {
 			c := t.claims()
-			text += "; hint: " + strings.NewReplacer("{id}", c.identity(), "{aud}", printable(c.Audience)).Replace(r.hint)
+			names := strings.NewReplacer("{id}", c.identity(), "{aud}", printable(c.Audience))
+			text += "; hint: " + names.Replace(r.hint)
 			break
 		}
 	}
@@ -699,7 +704,8 @@ func explain(resp *http.Response, said []byte, t token) string {
 
 // logProblem writes the second line of the request r, for what went wrong with the upstream request
 // req and its answer resp, if there was one. A client that leaves is the cause of all else.
-func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start time.Time, what string) {
+func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
+	start time.Time, what string) {
 	if r.Context().Err() != nil {
 		what = "client left, or the proxy stopped"
 	}
@@ -721,7 +727,8 @@ func (f *forwarder) redact(uri string) string {
 		path += "?" + cutCredentials(query)
 	}
 	if f.key != "" {
-		for _, text := range []string{path, unescape(path), unescape(strings.ReplaceAll(path, "+", " "))} {
+		spaced := strings.ReplaceAll(path, "+", " ")
+		for _, text := range []string{path, unescape(path), unescape(spaced)} {
 			if strings.Contains(text, f.key) {
 				return "REDACTED"
 			}

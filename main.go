@@ -483,9 +483,9 @@ func check(getenv func(string) string, out io.Writer) error {
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	t, failure := cfg.source.fetch(ctx)
-	if failure != nil {
-		return fail("token", failure.text)
+	t, noToken := cfg.source.fetch(ctx)
+	if noToken != nil {
+		return fail("token", noToken.text)
 	}
 	c := t.claims()
 	ok("token", "%s", printable(c.String()+", expires "+t.expires.Format(time.RFC3339)))
@@ -510,7 +510,7 @@ func check(getenv func(string) string, out io.Writer) error {
 	}
 	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		return fail("upstream", unreachable(u.Host, err).Message)
+		return fail("upstream", "no answer from "+u.Host+": "+failure(err))
 	}
 	defer resp.Body.Close()
 	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid))
