@@ -622,7 +622,7 @@ func printable(s string) string {
 func retryAfter(h http.Header, now time.Time) time.Duration {
 	value := h.Get("Retry-After")
 	if seconds, err := strconv.Atoi(value); err == nil && seconds > 0 {
-		return min(time.Duration(min(seconds, 3600))*time.Second, time.Hour)
+		return time.Duration(min(seconds, 3600)) * time.Second
 	}
 	if date, err := http.ParseTime(value); err == nil {
 		return max(date.Sub(now), 0)
@@ -659,36 +659,29 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 	if a.AccessToken == "" {
 		return token{}, errors.New("access_token is missing")
 	}
-	for _, c := range []byte(a.AccessToken) {
-		if c < 0x21 || c > 0x7e {
-			return token{}, errors.New("access_token has bytes that a header cannot carry")
-		}
+	if !isASCII(a.AccessToken) || strings.Contains(a.AccessToken, " ") {
+		return token{}, errors.New("access_token has bytes that a header cannot carry")
 	}
-	const none = time.Duration(math.MaxInt64)
-	life := none
+	life, err := parseSeconds(scalar(a.ExpiresIn))
+	if err != nil {
+		return token{}, fmt.Errorf("expires_in: %w", err)
+	}
 	if text := scalar(a.ExpiresOn); text != "" {
 		on, err := parseTime(text)
 		if err != nil {
 			return token{}, fmt.Errorf("expires_on: %w", err)
 		}
-		life = on.Sub(base)
-	}
-	if text := scalar(a.ExpiresIn); text != "" {
-		in, err := parseSeconds(text)
-		if err != nil {
-			return token{}, fmt.Errorf("expires_in: %w", err)
-		}
-		life = min(life, time.Duration(in*float64(time.Second)))
+		life = min(life, on.Sub(base))
 	}
 	switch {
-	case life == none:
+	case life == forever:
 		return token{}, errors.New("expires_on and expires_in are missing")
 	case life <= 0:
 		return token{}, errExpired
 	}
-	refresh := life * 4 / 5
+	refresh := life / 5 * 4
 	if in, err := parseSeconds(scalar(a.RefreshIn)); err == nil && in > 0 {
-		refresh = min(refresh, time.Duration(in*float64(time.Second)))
+		refresh = min(refresh, in)
 	}
 	return token{
 		authorization: "Bearer " + a.AccessToken,
@@ -718,8 +711,8 @@ var dateLayouts = []string{
 
 // parseTime reads epoch seconds or one of dateLayouts.
 func parseTime(text string) (time.Time, error) {
-	if seconds, err := parseSeconds(text); err == nil {
-		return time.UnixMilli(int64(seconds * 1000)), nil
+	if sinceEpoch, err := parseSeconds(text); err == nil {
+		return time.Unix(0, int64(sinceEpoch)), nil
 	}
 	for _, layout := range dateLayouts {
 		if t, err := time.Parse(layout, text); err == nil {
@@ -729,11 +722,16 @@ func parseTime(text string) (time.Time, error) {
 	return time.Time{}, errors.New("not in a form known here")
 }
 
-// parseSeconds reads a number of seconds, which a time.Duration can hold.
-func parseSeconds(text string) (float64, error) {
+const forever = time.Duration(math.MaxInt64)
+
+// parseSeconds reads a number of seconds; where there is none, that is forever.
+func parseSeconds(text string) (time.Duration, error) {
+	if text == "" {
+		return forever, nil
+	}
 	seconds, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(seconds >= 0 && seconds < 9e9) {
+	if err != nil || !(seconds >= 0 && seconds < 9e9) { // more does not fit a time.Duration
 		return 0, errors.New("not a number of seconds")
 	}
-	return seconds, nil
+	return time.Duration(seconds * float64(time.Second)), nil
 }
