@@ -34,6 +34,7 @@ import (
 	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -128,12 +129,7 @@ func run(args []string, stdout io.Writer) error {
 func version() string {
 	text := "aoai-proxy"
 	if info, ok := debug.ReadBuildInfo(); ok {
-		text += " " + info.Main.Version
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" || s.Key == "vcs.modified" && s.Value == "true" {
-				text += " " + s.Key + "=" + s.Value
-			}
-		}
+		text += " " + info.Main.Version // since Go 1.24 with the commit, and +dirty
 	}
 	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
 }
@@ -180,11 +176,8 @@ func parseDotEnv(text string) (map[string]string, error) {
 // parseDotEnvLine reads NAME=value, with or without an export before it. The value is in single or
 // double quotes, or bare up to a comment; there are no escapes and no expansions.
 func parseDotEnvLine(line string) (name, value string, ok bool) {
-	before, value, ok := strings.Cut(line, "=")
-	if words := strings.Fields(before); len(words) == 2 && words[0] == "export" {
-		before = words[1]
-	}
-	name = strings.TrimSpace(before)
+	name, value, ok = strings.Cut(strings.TrimPrefix(line, "export "), "=")
+	name = strings.TrimSpace(name)
 	if !ok || !variableName.MatchString(name) || strings.ContainsRune(value, 0) {
 		return "", "", false
 	}
@@ -313,9 +306,6 @@ func listen(cfg *config) ([]net.Listener, error) {
 		}
 		ln, err := net.Listen(network, net.JoinHostPort(host, port))
 		if err != nil {
-			for _, ln := range listeners {
-				ln.Close()
-			}
 			return nil, fmt.Errorf("PORT or HOST: %w; want a free port such as 8082 (0 for any) "+
 				"and an address of this host", err)
 		}
@@ -327,12 +317,7 @@ func listen(cfg *config) ([]net.Listener, error) {
 
 func hasIPv6Loopback() bool {
 	addrs, _ := net.InterfaceAddrs()
-	for _, addr := range addrs {
-		if ip, ok := addr.(*net.IPNet); ok && ip.IP.Equal(net.IPv6loopback) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(addrs, func(addr net.Addr) bool { return addr.String() == "::1/128" })
 }
 
 // drainTime is how long running streams may go on after SIGTERM.
