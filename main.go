@@ -430,7 +430,8 @@ func (c *config) whoMayUseIt() string {
 // until a second signal.
 func (p *proxy) drain(srv *http.Server, signals <-chan os.Signal) error {
 	p.draining.Store(true)
-	log.Printf("draining %d streams (up to %v; a second signal ends them now)", p.forward.active.Load(), drainTime)
+	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
+		p.forward.active.Load(), drainTime)
 	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
 	go func() {
@@ -468,9 +469,9 @@ func check(getenv func(string) string, out io.Writer) error {
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	t, noToken := cfg.source.fetch(ctx)
-	if noToken != nil {
-		return fail("token", noToken.text)
+	t, tokenErr := cfg.source.fetch(ctx)
+	if tokenErr != nil {
+		return fail("token", tokenErr.text)
 	}
 	c := t.claims()
 	ok("token", "%s", printable(c.String()+", expires "+t.expires.Format(time.RFC3339)))
@@ -479,46 +480,42 @@ func check(getenv func(string) string, out io.Writer) error {
 	if !strings.Contains(u.Path, "/v1/") { // which has no versions
 		u.RawQuery = "api-version=2024-10-21"
 	}
-	req := &http.Request{Method: http.MethodGet, URL: u, Header: http.Header{"Authorization": {t.authorization}}}
-	trace := &httptrace.ClientTrace{
-		DNSDone: func(info httptrace.DNSDoneInfo) { ok("DNS", "%v", info.Addrs) },
-		ConnectDone: func(_, addr string, err error) {
-			if err == nil {
-				ok("TCP", "connected to %s", addr)
-			}
-		},
-		TLSHandshakeDone: func(state tls.ConnectionState, err error) {
-			if err == nil {
-				ok("TLS", "%s, certificate of %s", tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
-			}
-		},
-	}
-	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	header := http.Header{"Authorization": {t.authorization}}
+	req := &http.Request{Method: http.MethodGet, URL: u, Header: header}
+	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		ok("TCP", "connected to %s", info.Conn.RemoteAddr())
+		if conn, isTLS := info.Conn.(*tls.Conn); isTLS {
+			state := conn.ConnectionState()
+			ok("TLS", "%s, certificate of %s",
+				tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
+		}
+	}}
+	req = req.WithContext(httptrace.WithClientTrace(ctx, trace))
+	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req)
 	if err != nil {
 		return fail("upstream", "no answer from "+u.Host+": "+failure(err))
 	}
 	defer resp.Body.Close()
 	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid))
 	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
-	if resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai") {
-		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
-		return nil
-	}
-	if resp.StatusCode == http.StatusOK {
+	switch {
+	case resp.StatusCode == http.StatusOK:
 		ok("upstream", "%s", answered)
 		return nil
+	case resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai"):
+		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
+		return nil
+	case strings.Contains(answered, roleName) && objectID.MatchString(c.Object): // it is for a shell
+		answered += fmt.Sprintf(roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
 	}
-	err = fail("upstream", answered)
-	if strings.Contains(answered, roleName) && objectID.MatchString(c.Object) { // it is for a shell
-		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
-	}
-	return err
+	return fail("upstream", answered)
 }
 
 var objectID = regexp.MustCompile(`^[0-9A-Fa-f-]{36}$`)
 
 // roleCommand gives the identity its role on the resource whose host begins so.
-const roleCommand = `      az role assignment create --assignee-object-id %s --assignee-principal-type ServicePrincipal \
-        --role "%s" --scope "$(az cognitiveservices account list \
-        --query "[?properties.customSubDomainName=='%s'].id" --output tsv)"
-`
+const roleCommand = `
+      az role assignment create --assignee-object-id %s \
+        --assignee-principal-type ServicePrincipal --role "%s" \
+        --scope "$(az cognitiveservices account list \
+        --query "[?properties.customSubDomainName=='%s'].id" --output tsv)"`
