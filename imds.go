@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -276,21 +277,30 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 	isUnset := func(name string) bool { return getenv(name) == "" }
 	for _, h := range halves {
 		if isSet(h.name) && !slices.ContainsFunc(h.others, isSet) {
-			return nil, fmt.Errorf("%s is set without %s: set both, or neither", h.name, strings.Join(h.others, " or "))
+			return nil, fmt.Errorf("%s is set without %s: set both, or neither",
+				h.name, strings.Join(h.others, " or "))
 		}
 	}
 	s := sources[slices.IndexFunc(sources, func(s source) bool {
-		return s.file != "" && exists(s.file) || !slices.ContainsFunc(s.marks, isUnset)
+		return exists(s.file) || !slices.ContainsFunc(s.marks, isUnset)
 	})]
-	transport := identityTransport()
+
+	// It is spoken to straight, whatever proxy the environment names. A transport does not follow
+	// redirects, which would show the request's secret to others.
+	transport := &http.Transport{
+		Proxy:                  nil,
+		DisableKeepAlives:      true, // a request in hours
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
+	}
 	s.getenv, s.now, s.sleep, s.transport = getenv, time.Now, sleep, transport
 	s.resource = strings.TrimSuffix(scope, "/.default")
 	s.keyDir = arcFile("/var/opt/azcmagent/tokens", "ProgramData", "Tokens")
 	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
 	switch s.name {
 	case "Service Fabric":
-		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported, as its " +
-			"endpoint is known by a certificate's SHA-1 only; run the proxy on a host with IMDS")
+		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported, " +
+			"as its endpoint is known by a certificate's SHA-1 only; run the proxy on a host with IMDS")
 	case "Cloud Shell":
 		if s.clientID != "" {
 			return nil, errors.New("AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no " +
@@ -298,37 +308,34 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 		}
 	case "Azure ML":
 		if s.clientID == "" {
-			s.clientID, s.clientIDFrom = getenv("DEFAULT_IDENTITY_CLIENT_ID"), "DEFAULT_IDENTITY_CLIENT_ID"
+			s.clientIDFrom = "DEFAULT_IDENTITY_CLIENT_ID"
+			s.clientID = getenv(s.clientIDFrom)
 		}
 	case "workload identity":
 		s.path = "/" + url.PathEscape(getenv("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
 		transport.Proxy = http.ProxyFromEnvironment // Entra ID is outside
 	}
-	return &s, s.setURL(getenv(s.endpoint))
-}
 
-// setURL takes what the variable s.endpoint holds for the start of the endpoint's URL.
-func (s *source) setURL(raw string) (err error) {
-	if raw == "" {
-		raw = s.fallback
-	}
+	raw := cmp.Or(getenv(s.endpoint), s.fallback)
 	if s.path != "" {
 		raw = strings.TrimRight(raw, "/") + s.path
 	}
+	var err error
 	s.url, err = url.Parse(raw)
 	if err != nil || s.url.Hostname() == "" || s.url.Scheme != "http" && s.url.Scheme != "https" {
-		return fmt.Errorf("%s: not a URL with a host; want one such as http://169.254.169.254", s.endpoint)
+		return nil, fmt.Errorf("%s: not a URL with a host; want one such as http://169.254.169.254",
+			s.endpoint)
 	}
 	if s.name == "workload identity" && s.url.Scheme == "http" && !isLoopback(s.url.Hostname()) {
-		return fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
+		return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
 	}
-	return nil
+	return &s, nil
 }
 
 // why says what shows that the source is there.
 func (s *source) why() string {
 	switch {
-	case s.file != "" && exists(s.file):
+	case exists(s.file):
 		return "marked by " + s.file
 	case s.marks != nil:
 		return "marked by " + strings.Join(s.marks, " and ")
@@ -347,17 +354,6 @@ func arcFile(unix, windowsFolder, windowsName string) string {
 		return filepath.Join(os.Getenv(windowsFolder), "AzureConnectedMachineAgent", windowsName)
 	}
 	return unix
-}
-
-// identityTransport speaks to identity endpoints: straight, whatever proxy the environment names, and
-// never on to where an endpoint redirects (a transport doesn't), as the request carries a secret.
-func identityTransport() *http.Transport {
-	return &http.Transport{
-		Proxy:                  nil,
-		DisableKeepAlives:      true, // a request in hours
-		DisableCompression:     true,
-		MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
-	}
 }
 
 func sleep(ctx context.Context, d time.Duration) {
@@ -386,14 +382,10 @@ func (s *source) get(context.Context) (*http.Request, *tokenError) {
 }
 
 func (s *source) post(form url.Values) *http.Request {
-	body := form.Encode()
-	return &http.Request{
-		Method:        http.MethodPost,
-		URL:           s.url,
-		Header:        http.Header{"Content-Type": {"application/x-www-form-urlencoded"}},
-		Body:          io.NopCloser(strings.NewReader(body)),
-		ContentLength: int64(len(body)),
-	}
+	// The error would be about the URL, which has been parsed before.
+	req, _ := http.NewRequest(http.MethodPost, s.url.String(), strings.NewReader(form.Encode()))
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	return req
 }
 
 func (s *source) cloudShell(context.Context) (*http.Request, *tokenError) {
@@ -591,13 +583,13 @@ func words(body []byte) string {
 	var a struct {
 		Error       any
 		Description string `json:"error_description"`
-		Message     string
+		Message     any
 	}
 	if json.Unmarshal(body, &a) != nil {
 		return string(body)
 	}
 	if e, ok := a.Error.(map[string]any); ok {
-		a.Error, a.Message = e["code"], fmt.Sprint(e["message"])
+		a.Error, a.Message = e["code"], e["message"]
 	}
 	var said []string
 	for _, part := range []any{a.Error, a.Description, a.Message} {
