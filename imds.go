@@ -24,8 +24,8 @@ import (
 )
 
 // How long a fetch may take and its failure is remembered. The pauses between tries are 0.8, 1.6,
-// 3.2 s and so on, each ±20 %: Microsoft's advice ("How to use managed identities for Azure resources
-// on an Azure VM to acquire an access token"), cut to what a waiting client bears.
+// 3.2 s and so on, each ±20 %: Microsoft's advice ("How to use managed identities for Azure
+// resources on an Azure VM to acquire an access token"), cut to what a waiting client bears.
 const (
 	tryTime       = 10 * time.Second // one request to the identity endpoint, its answer read
 	fetchTime     = 22 * time.Second // one fetch, with all its tries and pauses
@@ -73,7 +73,8 @@ func (c claims) String() string {
 	if c == (claims{}) {
 		return "not a readable JWT"
 	}
-	return fmt.Sprintf("audience %v, tenant %s, object id %s, client id %s", c.Audience, c.Tenant, c.Object, c.Client)
+	return fmt.Sprintf("audience %s, tenant %s, object id %s, client id %s",
+		c.Audience, c.Tenant, c.Object, c.Client)
 }
 
 // identity names whose token it is.
@@ -250,8 +251,9 @@ var sources = []source{
 	{name: "Azure Arc", // a service may lack the variables, if it started before the agent
 		marks:    []string{"IDENTITY_ENDPOINT", "IMDS_ENDPOINT"},
 		file:     arcFile("/opt/azcmagent/bin/himds", "ProgramFiles", "himds.exe"),
-		endpoint: "IDENTITY_ENDPOINT", fallback: "http://127.0.0.1:40342/metadata/identity/oauth2/token",
-		version: "2020-06-01", idParam: "client_id", request: (*source).arc},
+		endpoint: "IDENTITY_ENDPOINT",
+		fallback: "http://127.0.0.1:40342/metadata/identity/oauth2/token",
+		version:  "2020-06-01", idParam: "client_id", request: (*source).arc},
 	{name: "IMDS", // of virtual machines, AKS nodes and Container Instances
 		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254",
 		path:    "/metadata/identity/oauth2/token",
@@ -415,14 +417,14 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 // the group himds can read ("Authenticate against Azure resources with Azure Arc-enabled servers").
 func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
 	req, _ := s.get(ctx)
-	status, header, body, failure := s.do(ctx, req)
+	resp, body, failure := s.do(ctx, req)
 	if failure != nil {
 		return nil, failure
 	}
-	if status != http.StatusUnauthorized {
-		return nil, s.refusal(status, header, body)
+	if resp.StatusCode != http.StatusUnauthorized {
+		return nil, s.refusal(resp, body)
 	}
-	key, err := readKey(header.Get("WWW-Authenticate"), s.keyDir)
+	key, err := readKey(resp.Header.Get("WWW-Authenticate"), s.keyDir)
 	if err != nil {
 		return nil, s.errorf("sent a challenge that cannot be met: %v", err)
 	}
@@ -486,21 +488,23 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 		return token{}, failure
 	}
 	sent := s.now()
-	status, header, body, failure := s.do(ctx, req)
+	resp, body, failure := s.do(ctx, req)
 	if failure != nil {
 		return token{}, failure
 	}
-	if status != http.StatusOK {
-		return token{}, s.refusal(status, header, body)
+	if resp.StatusCode != http.StatusOK {
+		return token{}, s.refusal(resp, body)
 	}
-	t, err := parseToken(body, sent, serverTime(header, sent))
+	t, err := parseToken(body, sent, serverTime(resp.Header, sent))
 	if err != nil {
-		failure := s.errorf("answered with %s, not a usable token: %v", header.Get("Content-Type"), err)
+		failure := s.errorf("answered with %s, not a usable token: %v",
+			resp.Header.Get("Content-Type"), err)
 		failure.transient = err == errExpired
 		return token{}, failure
 	}
 	if s.name == "Azure Arc" && s.clientID != "" && !strings.EqualFold(t.clientID, s.clientID) {
-		return token{}, s.errorf("gave the token of another identity, as older agents do; unset AZURE_CLIENT_ID")
+		return token{}, s.errorf("gave the token of another identity, as older agents do; " +
+			"unset AZURE_CLIENT_ID")
 	}
 	if isDebug(s.getenv) {
 		log.Printf("debug: token from %s at %s, expires %s, next refresh %s", s.name, s.url.Host,
@@ -510,38 +514,41 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 }
 
 // do sends one request and reads its answer.
-func (s *source) do(ctx context.Context, req *http.Request) (status int, header http.Header, body []byte, failure *tokenError) {
+func (s *source) do(ctx context.Context, req *http.Request) (*http.Response, []byte, *tokenError) {
+	var body []byte
 	resp, err := s.transport.RoundTrip(req.WithContext(ctx))
 	if err == nil {
 		defer resp.Body.Close()
 		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	}
 	if err == nil {
-		return resp.StatusCode, resp.Header, body, nil
+		return resp, body, nil
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("no answer within %v", tryTime)
 	}
-	failure = s.errorf("gave no answer: %v", err)
+	failure := s.errorf("gave no answer: %v", err)
 	failure.transient = true
 	if s.name == "IMDS" {
 		failure.text += "; hint: only Azure hosts have it"
 	}
-	return 0, nil, nil, failure
+	return nil, nil, failure
 }
 
 // refusal is the error for an answer other than 200, in the endpoint's own words.
-func (s *source) refusal(status int, header http.Header, body []byte) *tokenError {
+func (s *source) refusal(resp *http.Response, body []byte) *tokenError {
+	status := resp.StatusCode
 	if status < 300 {
 		body = nil // it may hold a token
 	}
 	e := s.errorf("answered %d: %s", status, words(body))
-	e.retryAfter = retryAfter(header, s.now())
-	switch {
-	case status == http.StatusNotFound, status == http.StatusGone:
+	e.retryAfter = retryAfter(resp.Header, s.now())
+	switch status {
+	case http.StatusNotFound, http.StatusGone:
 		e.transient = s.name == "IMDS" // which answers so for up to 70 s while it is being updated
-	case status == http.StatusRequestTimeout, status == http.StatusTooManyRequests, status >= 500:
-		e.transient = true
+	default:
+		e.transient = status == http.StatusRequestTimeout ||
+			status == http.StatusTooManyRequests || status >= 500
 	}
 	for _, h := range hints {
 		if strings.Contains(e.text, h.text) {
