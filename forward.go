@@ -221,12 +221,9 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 // requests show in Origin or Sec-Fetch-Site; one whose host name was made to point to a loopback
 // address (DNS rebinding) has neither on a GET, but that name in Host.
 func mayBeWebPage(r *http.Request) bool {
-	host := r.Host
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
+	host := url.URL{Host: r.Host}
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
-	if ok && local.IP.IsLoopback() && !isLoopback(strings.Trim(host, "[]")) {
+	if ok && local.IP.IsLoopback() && !isLoopback(host.Hostname()) {
 		return true
 	}
 	foreign := func(origin string) bool { // null is, too
@@ -270,12 +267,8 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 // or .. segment. With one and our token a client would get at every other API of the resource.
 func hasDotSegment(path string) bool {
 	for range 8 {
-		segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
-		for _, segment := range segments {
-			name, _, _ := strings.Cut(segment, ";") // what follows is a parameter to some servers
-			if name == "." || name == ".." {
-				return true
-			}
+		if dotSegment.MatchString(path) {
+			return true
 		}
 		decoded := unescape(path)
 		if decoded == path {
@@ -286,7 +279,10 @@ func hasDotSegment(path string) bool {
 	return true // nobody escapes so often with good intent
 }
 
-var escape = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
+var (
+	dotSegment = regexp.MustCompile(`(^|[/\\])\.\.?([/\\;]|$)`) // some servers take ; for its end
+	escape     = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
+)
 
 // unescape decodes a URL's escapes and leaves alone what is none, as lenient servers do.
 func unescape(s string) string {
