@@ -184,13 +184,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.tunnel(w, r, resp)
 		return
 	}
-	var said bytes.Buffer
-	if resp.StatusCode >= 400 {
-		defer func() { f.logProblem(r, req, resp, start, explain(resp, said.Bytes(), t)) }()
-	}
 	copyHeader(w.Header(), resp)
 	w.WriteHeader(resp.StatusCode)
-	if err := copyBody(w, resp, &said); err != nil {
+	said, err := copyBody(w, resp)
+	if resp.StatusCode >= 400 {
+		f.logProblem(r, req, resp, start, explain(resp, said, t))
+	}
+	if err != nil {
 		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
 		abort(w, r)
 	}
@@ -453,8 +453,8 @@ var (
 )
 
 // copyBody passes the answer's body on: each read is written and flushed at once. Of a refusal it
-// keeps the first bytes in said, for the log to explain it.
-func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) error {
+// returns the first bytes as said, for the log to explain it.
+func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err error) {
 	small := smallBuffers.Get().(*[4 << 10]byte)
 	defer smallBuffers.Put(small)
 	buf := small[:]
@@ -462,26 +462,26 @@ func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) er
 	headFlushed := flushSoon(out, resp)
 	n, readErr := resp.Body.Read(buf)
 	if err := headFlushed(); err != nil {
-		return err
+		return nil, err
 	}
 	for ; ; n, readErr = resp.Body.Read(buf) {
 		if n > 0 {
 			if resp.StatusCode >= 400 {
-				said.Write(buf[:min(n, maxSaid-said.Len())])
+				said = append(said, buf[:min(n, maxSaid-len(said))]...)
 			}
 			_, err := w.Write(buf[:n])
 			if err == nil && readErr == nil {
 				err = out.Flush()
 			}
 			if err != nil {
-				return err
+				return said, err
 			}
 		}
 		if readErr == io.EOF {
 			break
 		}
 		if readErr != nil {
-			return readErr
+			return said, readErr
 		}
 		if n == len(buf) && n == len(small) {
 			large := largeBuffers.Get().(*[64 << 10]byte)
@@ -492,7 +492,7 @@ func copyBody(w http.ResponseWriter, resp *http.Response, said *bytes.Buffer) er
 	for name, values := range resp.Trailer {
 		w.Header()[http.TrailerPrefix+name] = values
 	}
-	return nil
+	return said, nil
 }
 
 // flushSoon sends the head before the body has begun. A small body of known length mostly comes
