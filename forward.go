@@ -45,9 +45,9 @@ var forwardedPrefixes = strings.Fields(
 var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Privatelink- " +
 	"X-Ms-Containerapp- X-Ms-Original-Url")
 
-// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1).
-var webSocketHeaders = fields(`
-	Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Protocol Sec-Websocket-Extensions`)
+// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and Sec-WebSocket-Protocol less the
+// key that may be in it.
+var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Extensions")
 
 // hopByHop headers are about one connection and go no further (RFC 9110 §7.6.1).
 var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
@@ -361,9 +361,8 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 		protocols := slices.DeleteFunc(listed(in["Sec-Websocket-Protocol"]), func(p string) bool {
 			return strings.HasPrefix(strings.ToLower(p), keyProtocol)
 		})
-		out["Sec-Websocket-Protocol"] = []string{strings.Join(protocols, ", ")}
-		if len(protocols) == 0 {
-			delete(out, "Sec-Websocket-Protocol")
+		if len(protocols) > 0 {
+			out["Sec-Websocket-Protocol"] = []string{strings.Join(protocols, ", ")}
 		}
 	}
 	return out
@@ -564,8 +563,8 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 }
 
 // passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a
-// matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport may
-// call from a goroutine of its own, even after it has given up the request.
+// matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport
+// may call from a goroutine of its own, even after it has given up the request.
 func passInterim(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
 	var mu sync.Mutex // protects stopped, and w from two at a time
 	stopped := !r.ProtoAtLeast(1, 1)

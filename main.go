@@ -439,9 +439,10 @@ func (p *proxy) drain(srv *http.Server, signals <-chan os.Signal) error {
 		cancel()
 	}()
 	go func() {
-		srv.Shutdown(ctx) // which knows nothing of tunnels
-		p.forward.tunnels.Wait()
-		cancel()
+		if srv.Shutdown(ctx) == nil { // which knows nothing of tunnels
+			p.forward.tunnels.Wait()
+			cancel()
+		}
 	}()
 	<-ctx.Done()
 	srv.Close()
