@@ -267,8 +267,12 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 // or .. segment. With one and our token a client would get at every other API of the resource.
 func hasDotSegment(path string) bool {
 	for range 8 {
-		if dotSegment.MatchString(path) {
-			return true
+		segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
+		for _, segment := range segments {
+			name, _, _ := strings.Cut(segment, ";") // what follows is a parameter to some servers
+			if name == "." || name == ".." {
+				return true
+			}
 		}
 		decoded := unescape(path)
 		if decoded == path {
@@ -279,10 +283,7 @@ func hasDotSegment(path string) bool {
 	return true // nobody escapes so often with good intent
 }
 
-var (
-	dotSegment = regexp.MustCompile(`(^|[/\\])\.\.?([/\\;]|$)`) // some servers take ; for its end
-	escape     = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
-)
+var escape = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
 
 // unescape decodes a URL's escapes and leaves alone what is none, as lenient servers do.
 func unescape(s string) string {
@@ -712,22 +713,19 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
 	log.Printf("%s %s after %v: %s", req.Method, f.redact(u), took, printable(what))
 }
 
-// unprintable is what could forge a line of the log or hide in it.
-var unprintable = regexp.MustCompile(`[^!-~]`)
-
-// redact is a URL for the log: without credentials, and without its path if the key is in that.
+// redact is a URL for the log: without credentials, not at all if the key is elsewhere in it, and
+// quoted if it has bytes that could forge a line or hide in it.
 func (f *forwarder) redact(uri string) string {
 	path, query, found := strings.Cut(uri, "?")
 	if found {
 		path += "?" + cutCredentials(query)
 	}
-	if f.key != "" {
-		spaced := strings.ReplaceAll(path, "+", " ")
-		for _, text := range []string{path, unescape(path), unescape(spaced)} {
-			if strings.Contains(text, f.key) {
-				return "REDACTED"
-			}
-		}
+	if f.key != "" && (strings.Contains(path, f.key) || strings.Contains(unescape(path), f.key) ||
+		strings.Contains(unescape(strings.ReplaceAll(path, "+", " ")), f.key)) {
+		return "REDACTED"
 	}
-	return unprintable.ReplaceAllStringFunc(path, url.PathEscape)
+	if !isASCII(path) {
+		return strconv.QuoteToASCII(path)
+	}
+	return path
 }
