@@ -150,7 +150,11 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
-		e := noToken(err)
+		e := newError(http.StatusServiceUnavailable, "no_token", "no token: "+err.Error())
+		var unavailable *tokenError
+		if errors.As(err, &unavailable) {
+			e.retryAfter = unavailable.retryAfter
+		}
 		f.logProblem(r, req, nil, start, e.Message)
 		e.write(w, r)
 		return
@@ -604,16 +608,6 @@ func newError(status int, code, message string) *apiError {
 		kind = "server_error"
 	}
 	return &apiError{status: status, Message: message, Type: kind, Code: code}
-}
-
-// noToken is the answer when there is no token, with the identity endpoint's own words.
-func noToken(err error) *apiError {
-	e := newError(http.StatusServiceUnavailable, "no_token", "no token: "+err.Error())
-	var unavailable *tokenError
-	if errors.As(err, &unavailable) {
-		e.retryAfter = unavailable.retryAfter
-	}
-	return e
 }
 
 func (e *apiError) write(w http.ResponseWriter, r *http.Request) {

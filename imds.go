@@ -268,7 +268,8 @@ var halves = []struct {
 	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_TENANT_ID"}},
 	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_CLIENT_ID"}},
 	{"IDENTITY_ENDPOINT", []string{"IDENTITY_HEADER", "IMDS_ENDPOINT"}},
-	{"IDENTITY_HEADER", []string{"IDENTITY_ENDPOINT", "IDENTITY_SERVER_THUMBPRINT"}}, // the latter: IMDS
+	// In a Container Instance, which has IMDS, the header comes with the thumbprint alone.
+	{"IDENTITY_HEADER", []string{"IDENTITY_ENDPOINT", "IDENTITY_SERVER_THUMBPRINT"}},
 	{"IMDS_ENDPOINT", []string{"IDENTITY_ENDPOINT"}},
 	{"MSI_SECRET", []string{"MSI_ENDPOINT"}},
 }
