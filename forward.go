@@ -71,6 +71,10 @@ const keyProtocol = "openai-insecure-api-key."
 // maxSaid is how much of a refusal, in bytes, is looked at to explain it in the log.
 const maxSaid = 2048
 
+// lingerTime is how long a client that is still sending may go on after the last byte for it, as to
+// close the connection under it would lose what it has yet to read.
+const lingerTime = time.Second
+
 // smallBody is the longest request body, in bytes, that is read before it is sent: it then goes out
 // in one write with the head, and can be sent again over a new connection if an idle one turns out
 // to be dead. Longer ones, and those of unknown length, are streamed.
@@ -171,9 +175,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		resp.Body.Close()
 		err = fmt.Errorf("unasked status %s", resp.Status)
 	}
+	body, _ := req.Body.(*upload)
 	if err != nil {
 		e := newError(http.StatusBadGateway, "upstream_unreachable",
 			"no answer from "+f.target.Host+": "+failure(err))
+		if err := body.failure(); err != nil {
+			e = newError(http.StatusBadRequest, "invalid_body", "reading the request's body: "+err.Error())
+		}
 		f.logProblem(r, req, nil, start, e.Message)
 		e.write(w, r)
 		return
@@ -189,6 +197,10 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	copyHeader(w.Header(), resp)
+	early := body.pending()
+	if early {
+		w.Header().Set("Connection", "close")
+	}
 	w.WriteHeader(resp.StatusCode)
 	said, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
@@ -197,6 +209,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
 		abort(w, r)
+	}
+	if early {
+		dismiss(w, r)
 	}
 }
 
@@ -328,9 +343,46 @@ func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Reques
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
 		req.Body, _ = req.GetBody()
 	default:
-		req.Body = io.NopCloser(r.Body) // the server closes it
+		req.Body = &upload{Reader: r.Body}
 	}
 	return req, nil
+}
+
+// upload is a request body that is streamed. A nil one is a body that was sent as a whole.
+type upload struct {
+	io.Reader
+	end atomic.Pointer[error] // what reading it ended with; nil before
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	n, err := u.Reader.Read(p)
+	if err != nil {
+		u.end.Store(&err)
+	}
+	return n, err
+}
+
+// Close leaves the body open: the server closes it.
+func (u *upload) Close() error { return nil }
+
+// pending tells whether the client has yet to send some of the body.
+func (u *upload) pending() bool { return u != nil && u.end.Load() == nil }
+
+// failure is why the body cannot be read to its end, if it cannot.
+func (u *upload) failure() error {
+	if u == nil || u.pending() || *u.end.Load() == io.EOF {
+		return nil
+	}
+	return *u.end.Load()
+}
+
+// dismiss ends a request the rest of whose body nobody wants. Left to itself the server would wait
+// for it as long as it takes, or take it for the next request (golang/go#68560).
+func dismiss(w http.ResponseWriter, r *http.Request) {
+	out := http.NewResponseController(w)
+	out.Flush()
+	out.SetReadDeadline(time.Now().Add(lingerTime))
+	r.Body.Close()
 }
 
 // upstreamPath puts base, TARGET_URL's path, before path, less what they share: many clients add
@@ -356,6 +408,10 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 	}
 	for _, name := range listed(in["Connection"]) {
 		out.Del(name)
+	}
+	if key := out["Idempotency-Key"]; key != nil {
+		delete(out, "Idempotency-Key") // so spelt it has the transport send a POST again
+		out["idempotency-key"] = key
 	}
 	if out["User-Agent"] == nil {
 		out["User-Agent"] = []string{""} // or the transport would add its own
@@ -561,10 +617,14 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	}
 
 	go func() {
-		defer closeBoth()
 		io.Copy(upstream, buffered.Reader) // which may hold the first bytes already
+		upstream.Close()
 	}()
 	io.Copy(client, upstream)
+	if tcp, ok := client.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
+		tcp.SetReadDeadline(time.Now().Add(lingerTime))
+		io.Copy(io.Discard, tcp)
+	}
 }
 
 // passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a
@@ -620,7 +680,8 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
 	}
 	if r.ContentLength != 0 {
-		h.Set("Connection", "close") // or the server would wait for the rest of the body
+		h.Set("Connection", "close")
+		defer dismiss(w, r)
 	}
 	w.WriteHeader(e.status)
 	json.NewEncoder(w).Encode(map[string]*apiError{"error": e})

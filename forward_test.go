@@ -1459,6 +1459,78 @@ func TestEarlyAnswerPassesWhileTheUploadRuns(t *testing.T) {
 	}
 }
 
+// TestRestOfABodyIsNoRequest has the upstream answer early, and then the client go on as if its body
+// had ended (golang/go#68560).
+func TestRestOfABodyIsNoRequest(t *testing.T) {
+	logged := captureLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil || resp.StatusCode != 413 || !resp.Close {
+		t.Fatalf("got %+v, %v; want 413 and the connection's end", resp, err)
+	}
+	io.WriteString(conn, "GET /smuggled HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
+	rest, _ := io.ReadAll(r)
+	if strings.Contains(string(rest), "HTTP/1.1") || strings.Contains(logged.String(), "smuggled") {
+		t.Errorf("the rest of the body was taken for a request: %q\n%s", rest, logged)
+	}
+}
+
+func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
+	captureLog(t)
+	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), map[string]string{"EXPECTED_KEY": "sesame"})
+	answers := make(map[string]*bufio.Reader)
+	for _, line := range []string{"POST /x", "GET /healthz", "POST /../x"} {
+		for _, framing := range []string{"Content-Length: 1000", "Content-Length: 1000000", "Transfer-Encoding: chunked"} {
+			request := line + " HTTP/1.1\r\nHost: {host}\r\n" + framing + "\r\n\r\n"
+			_, answers[request] = p.dial(t, request)
+		}
+	}
+	for request, r := range answers {
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil || resp.StatusCode != 401 {
+			t.Fatalf("%q: got %v, %v", request, resp, err)
+		}
+		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%q: the connection stays open", request)
+		}
+	}
+}
+
+func TestMalformedBodyIsTheClientsFault(t *testing.T) {
+	p, _ := startRecorded(t, nil)
+	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
+	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") {
+		t.Errorf("got %d %s, want 400", resp.StatusCode, body)
+	}
+}
+
+// TestWrittenRequestIsNotRepeated has the upstream close a connection after it has read a POST.
+func TestWrittenRequestIsNotRepeated(t *testing.T) {
+	captureLog(t)
+	var posts atomic.Int64
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		if r.Method == "POST" {
+			if r.Header.Get("Idempotency-Key") != "k" {
+				t.Errorf("got %v, want the client's Idempotency-Key", r.Header)
+			}
+			posts.Add(1)
+			panic(http.ErrAbortHandler)
+		}
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n") // leaves a connection to be used again
+	resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nIdempotency-Key: k\r\nContent-Length: 2\r\n\r\nhi")
+	if resp.StatusCode != 502 || posts.Load() != 1 {
+		t.Errorf("got %d after %d POSTs, want 502 after 1", resp.StatusCode, posts.Load())
+	}
+}
+
 // TestImmediateAnswersAreWhole would fail in some of a hundred uploads without full duplex
 // (golang/go#40747).
 func TestImmediateAnswersAreWhole(t *testing.T) {
@@ -1611,6 +1683,39 @@ func TestRealtimeEchoThroughTheTunnel(t *testing.T) {
 				t.Errorf("got %v, want the connection closed", err)
 			}
 		})
+	}
+}
+
+func TestTunnelDeliversAllThatTheUpstreamSent(t *testing.T) {
+	captureLog(t)
+	const size = 8 << 20
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"+
+			strings.Repeat("x", size))
+		conn.(*net.TCPConn).CloseWrite()
+		io.Copy(io.Discard, conn)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	conn, r := p.dial(t, "GET /x HTTP/1.1\r\n"+webSocketHead+"\r\n")
+	go func() { // the client goes on sending
+		for {
+			if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	}()
+	if _, err := http.ReadResponse(r, nil); err != nil {
+		t.Fatal(err)
+	}
+	got, _ := io.Copy(io.Discard, r)
+	if got != size {
+		t.Errorf("got %d bytes, want %d", got, size)
 	}
 }
 

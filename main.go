@@ -340,7 +340,7 @@ func newProxy(cfg *config) *proxy {
 // which goes to the upstream.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	probe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
-	if !probe || r.URL.Host != "" || r.Method != http.MethodGet && r.Method != http.MethodHead {
+	if !probe || r.ContentLength != 0 || r.URL.Host != "" || r.Method != http.MethodGet && r.Method != http.MethodHead {
 		p.forward.ServeHTTP(w, r)
 		return
 	}
