@@ -45,8 +45,8 @@ var forwardedPrefixes = strings.Fields(
 var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Privatelink- " +
 	"X-Ms-Containerapp- X-Ms-Original-Url")
 
-// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and Sec-WebSocket-Protocol less the
-// key that may be in it.
+// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and so does Sec-WebSocket-Protocol
+// less the key that may be in it.
 var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Extensions")
 
 // hopByHop headers are about one connection and go no further (RFC 9110 §7.6.1).
@@ -286,12 +286,11 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 // or .. segment. With one and our token a client would get at every other API of the resource.
 func hasDotSegment(path string) bool {
 	for range 8 {
-		segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' })
-		for _, segment := range segments {
-			name, _, _ := strings.Cut(segment, ";") // what follows is a parameter to some servers
-			if name == "." || name == ".." {
-				return true
-			}
+		segments := strings.FieldsFunc(path, func(r rune) bool {
+			return strings.ContainsRune(`/\;?#`, r) // each ends a segment to some servers
+		})
+		if slices.Contains(segments, ".") || slices.Contains(segments, "..") {
+			return true
 		}
 		decoded := unescape(path)
 		if decoded == path {
