@@ -442,12 +442,11 @@ func readKey(challenge, dir string) (string, error) {
 		return "", fmt.Errorf("it does not name a .key file in %s", dir)
 	}
 	info, err := os.Lstat(path)
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > 4096) {
+		return "", fmt.Errorf("%s is not a regular file of 4096 bytes at most", path)
+	}
 	var key []byte
-	switch {
-	case err != nil:
-	case !info.Mode().IsRegular() || info.Size() > 4096:
-		err = fmt.Errorf("%s is not a regular file of 4096 bytes at most", path)
-	default:
+	if err == nil {
 		key, err = os.ReadFile(path)
 	}
 	if errors.Is(err, os.ErrPermission) {
