@@ -778,7 +778,7 @@ func (f *forwarder) redact(uri string) string {
 		strings.Contains(unescape(strings.ReplaceAll(path, "+", " ")), f.key)) {
 		return "REDACTED"
 	}
-	if !isASCII(path) {
+	if !isPrintableASCII(path) {
 		return strconv.QuoteToASCII(path)
 	}
 	return path

@@ -247,6 +247,9 @@ func (p *program) end() (status int, stderr []string) {
 	return p.ProcessState.ExitCode(), stderr
 }
 
+// nobody listens there: it is a port below 1024 that no test is given.
+const nobody = "http://127.0.0.1:1"
+
 // noIdentity is what IMDS says on a host without one.
 const noIdentity = `{"error":"invalid_request","error_description":"Identity not found"}`
 
@@ -838,8 +841,6 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
 	untrusted.StartTLS()
 	defer untrusted.Close()
-	closed := httptest.NewServer(nil)
-	closed.Close()
 	var identityReply, upstreamReply reply
 	identity := newFakeIdentity(t)
 	identity.answerWith(func(w http.ResponseWriter, r *http.Request) { writeJSON(w, identityReply.status, identityReply.body) })
@@ -874,7 +875,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"regional endpoint", target, token, said(400, "BadRequest", "Please provide a custom subdomain for token authentication, otherwise API key is required."), []string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens", "https://NAME.openai.azure.com/openai/"}},
 		{"key-only gateway", target, token, reply{401, `{"statusCode":401,"message":"Access denied due to missing subscription key. Make sure to include subscription key when making requests to an API."}`}, []string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
 		{"wrong path", target, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "answered 404", "hint: there is no such path: check TARGET_URL"}},
-		{"nobody listens", closed.URL + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "no answer from 127.0.0.1:", "connection failed", "refused"}},
+		{"nobody listens", nobody + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "no answer from 127.0.0.1:", "connection failed", "refused"}},
 		{"untrusted certificate", untrusted.URL + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "certificate not trusted", "hint: name a file with your own CA in SSL_CERT_FILE"}},
 	}
 	for _, tt := range tests {
@@ -1568,13 +1569,11 @@ func TestImmediateAnswersAreWhole(t *testing.T) {
 }
 
 func TestUnreachableUpstreamIsNamed(t *testing.T) {
-	closed := newUpstream(t, func(http.ResponseWriter, *http.Request) {})
-	closed.Close()
 	untrusted := httptest.NewTLSServer(http.NotFoundHandler())
 	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
 	t.Cleanup(untrusted.Close)
 	tests := []struct{ name, url, want string }{
-		{"refused", closed.URL, "connection failed"},
+		{"refused", nobody, "connection failed"},
 		{"certificate", untrusted.URL, "certificate not trusted"},
 		{"hang-up", rawAnswer(t, "").URL, "connection broke"},
 		{"garbage", rawAnswer(t, "\x1b[31mSSH-2.0\r\n\r\n").URL, "connection broke"},
@@ -1584,7 +1583,7 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			logged := captureLog(t)
-			p := startProxy(t, newFakeIdentity(t), closed, map[string]string{"TARGET_URL": tt.url + "/openai/"})
+			p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), map[string]string{"TARGET_URL": tt.url + "/openai/"})
 			resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
 			host := strings.SplitN(tt.url, "/", 3)[2]
 			if resp.StatusCode != 502 || !strings.Contains(body, "no answer from "+host) || !strings.Contains(body, tt.want) {

@@ -404,7 +404,7 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 	if err != nil {
 		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
 	}
-	s.proof = string(assertion)
+	s.proof = strings.TrimSpace(string(assertion))
 	return s.post(url.Values{
 		"client_id":             {s.clientID},
 		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
@@ -452,7 +452,7 @@ func readKey(challenge, dir string) (string, error) {
 	if errors.Is(err, os.ErrPermission) {
 		err = fmt.Errorf("%w; hint: run as root, or join the group himds", err)
 	}
-	if !isASCII(string(key)) {
+	if !isPrintableASCII(string(key)) {
 		err = fmt.Errorf("%s has bytes that a header cannot carry", path)
 	}
 	return string(key), err
@@ -658,7 +658,7 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 	if a.AccessToken == "" {
 		return token{}, errors.New("access_token is missing")
 	}
-	if !isASCII(a.AccessToken) || strings.Contains(a.AccessToken, " ") {
+	if !isPrintableASCII(a.AccessToken) || strings.Contains(a.AccessToken, " ") {
 		return token{}, errors.New("access_token has bytes that a header cannot carry")
 	}
 	life, err := parseSeconds(scalar(a.ExpiresIn))
@@ -670,7 +670,7 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 		if err != nil {
 			return token{}, fmt.Errorf("expires_on: %w", err)
 		}
-		life = min(life, on.Sub(base))
+		life = min(life, on.Sub(base), forever-1) // which the year 9999 would reach
 	}
 	switch {
 	case life == forever:

@@ -226,14 +226,14 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	if _, err := strconv.ParseUint(cfg.port, 10, 16); err != nil {
 		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
 	}
-	if !isASCII(cfg.key) {
+	if !isPrintableASCII(cfg.key) {
 		return nil, errors.New("EXPECTED_KEY: has characters that a header cannot carry; " +
 			"want printable ASCII such as the output of openssl rand -hex 32")
 	}
 	if cfg.scope == "" {
 		cfg.scope = defaultScope(cfg.target.Hostname())
 	}
-	if strings.Contains(cfg.scope, " ") || !isASCII(cfg.scope) {
+	if strings.Contains(cfg.scope, " ") || !isPrintableASCII(cfg.scope) {
 		return nil, fmt.Errorf("AZURE_OPENAI_SCOPE: want a scope such as "+
 			"https://cognitiveservices.azure.com/.default, got %q", cfg.scope)
 	}
@@ -273,7 +273,7 @@ func isDebug(getenv func(string) string) bool {
 	return strings.EqualFold(getenv("AZURE_LOG_LEVEL"), "debug")
 }
 
-func isASCII(s string) bool {
+func isPrintableASCII(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
 
@@ -340,7 +340,8 @@ func newProxy(cfg *config) *proxy {
 // which goes to the upstream.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	probe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
-	if !probe || r.ContentLength != 0 || r.URL.Host != "" || r.Method != http.MethodGet && r.Method != http.MethodHead {
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	if !probe || !reads || r.ContentLength != 0 || r.URL.Host != "" {
 		p.forward.ServeHTTP(w, r)
 		return
 	}
