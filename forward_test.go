@@ -2035,6 +2035,10 @@ func (a *fakeAzure) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		path = "/" + strings.Join(strings.Split(path, "/")[3:], "/")
 	}
 	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		if path != "/realtime" { // codex goes on over HTTP then
+			writeJSON(w, 426, `{"error":{"message":"no WebSocket here"}}`)
+			return
+		}
 		a.realtime(w, r)
 		return
 	}
