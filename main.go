@@ -17,6 +17,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -129,7 +130,8 @@ func run(args []string, stdout io.Writer) error {
 func version() string {
 	text := "aoai-proxy"
 	if info, ok := debug.ReadBuildInfo(); ok {
-		text += " " + info.Main.Version // since Go 1.24 with the commit, and +dirty
+		// Since Go 1.24 with the commit, and +dirty; empty for go run with a list of files.
+		text += " " + cmp.Or(info.Main.Version, "(devel)")
 	}
 	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
 }
