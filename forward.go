@@ -120,13 +120,15 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 // and keeps the connection for the next request. Nothing is sent but the TLS handshake.
 func (f *forwarder) warm() {
 	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	trace := &httptrace.ClientTrace{ConnectStart: func(string, string) { cancel() }}
-	ctx = httptrace.WithClientTrace(ctx, trace)
+	givenUp := make(chan struct{})
+	trace := &httptrace.ClientTrace{ConnectStart: func(string, string) {
+		cancel()
+		<-givenUp // or the connection might come first, and the request be sent on it
+	}}
 	req := &http.Request{Method: http.MethodHead, URL: f.target, Header: http.Header{}}
-	if resp, err := f.transport.RoundTrip(req.WithContext(ctx)); err == nil {
-		resp.Body.Close()
-	}
+	f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	cancel()
+	close(givenUp)
 }
 
 // ServeHTTP takes one request to the upstream and its answer back.
