@@ -70,7 +70,7 @@ AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
 // lets Go 1.22 build the program, but makes a newer toolchain fall back to the defaults of 2024,
 // which offer 3DES and SHA-1, accept 1024-bit RSA and leave out post-quantum key exchange.
 const tlsDefaults = "tls3des=0,tlssha1=0,tlsmlkem=1,tlssecpmlkem=1,rsa1024min=1," +
-	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1"
+	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1,x509sslcertoverrideplatform=1"
 
 // init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins.
 func init() {
