@@ -18,7 +18,6 @@ import (
 	"net/http/httptrace"
 	"net/textproto"
 	"net/url"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -303,14 +302,20 @@ func hasDotSegment(path string) bool {
 	return true // nobody escapes so often with good intent
 }
 
-var escape = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
-
 // unescape decodes a URL's escapes and leaves alone what is none, as lenient servers do.
 func unescape(s string) string {
-	return escape.ReplaceAllStringFunc(s, func(escape string) string {
-		c, _ := hex.DecodeString(escape[1:])
-		return string(c)
-	})
+	var out []byte
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if c == '%' && i+2 < len(s) {
+			if decoded, err := hex.DecodeString(s[i+1 : i+3]); err == nil {
+				c = decoded[0]
+				i += 2
+			}
+		}
+		out = append(out, c)
+	}
+	return string(out)
 }
 
 // rawPath is the path as the client sent it; r.URL.Path has lost the escapes.
@@ -461,26 +466,21 @@ func listed(values []string) (items []string) {
 	return items
 }
 
-// queryPair is a pair of a query with the separator before it; some servers split at ; too.
-var queryPair = regexp.MustCompile(`[&;]?[^&;]+`)
-
-// cutCredentials takes the credentials out of a query; all else stays byte for byte. Names count
-// decoded and in any case, as the upstream may read them so.
+// cutCredentials takes the credentials out of a query, which some servers split at ; too; all else
+// stays byte for byte. Names count decoded and in any case, as the upstream may read them so.
 func cutCredentials(query string) string {
-	rest := queryPair.ReplaceAllStringFunc(query, func(pair string) string {
-		name, _, _ := strings.Cut(strings.TrimLeft(pair, "&;"), "=")
-		if decoded, err := url.QueryUnescape(name); err == nil {
-			name = decoded
-		}
-		if credentialParams[strings.ToLower(name)] {
-			return ""
-		}
-		return pair
-	})
-	if rest == query {
-		return query // even if a separator is its first byte
+	isCredential := func(pair string) bool {
+		name, _, _ := strings.Cut(pair, "=")
+		return credentialParams[strings.ToLower(unescape(name))]
 	}
-	return strings.TrimLeft(rest, "&;")
+	var kept []string
+	for _, pairs := range strings.Split(query, "&") {
+		rest := slices.DeleteFunc(strings.Split(pairs, ";"), isCredential)
+		if len(rest) > 0 {
+			kept = append(kept, strings.Join(rest, ";"))
+		}
+	}
+	return strings.Join(kept, "&")
 }
 
 // copyHeader sets the answer's header, less what is about the upstream's connection.

@@ -32,7 +32,6 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
-	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -180,7 +179,7 @@ func parseDotEnv(text string) (map[string]string, error) {
 func parseDotEnvLine(line string) (name, value string, ok bool) {
 	name, value, ok = strings.Cut(strings.TrimPrefix(line, "export "), "=")
 	name = strings.TrimSpace(name)
-	if !ok || !variableName.MatchString(name) || strings.ContainsRune(value, 0) {
+	if !ok || !consistsOf(name, letters+digits+"_") || strings.ContainsRune(value, 0) {
 		return "", "", false
 	}
 	if quoted := strings.TrimSpace(value); quoted != "" && (quoted[0] == '"' || quoted[0] == '\'') {
@@ -188,13 +187,17 @@ func parseDotEnvLine(line string) (name, value string, ok bool) {
 		rest = strings.TrimSpace(rest)
 		return name, value, closed && (rest == "" || rest[0] == '#')
 	}
-	return name, strings.TrimSpace(comment.ReplaceAllString(value, "")), true
+	value, _, _ = strings.Cut(strings.ReplaceAll(value, "\t#", " #"), " #")
+	return name, strings.TrimSpace(value), true
 }
 
-var (
-	variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-	comment      = regexp.MustCompile(`\s#.*`)
+const (
+	letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	digits  = "0123456789"
 )
+
+// consistsOf tells whether s has characters of the set only, and at least one.
+func consistsOf(s, set string) bool { return s != "" && strings.Trim(s, set) == "" }
 
 // config is the settings, checked.
 type config struct {
@@ -509,13 +512,11 @@ func check(getenv func(string) string, out io.Writer) error {
 	case resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai"):
 		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
 		return nil
-	case strings.Contains(answered, roleName) && objectID.MatchString(c.Object): // it is for a shell
+	case strings.Contains(answered, roleName) && consistsOf(c.Object, letters+digits+"-"): // for a shell
 		answered += fmt.Sprintf(roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
 	}
 	return fail("upstream", answered)
 }
-
-var objectID = regexp.MustCompile(`^[0-9A-Fa-f-]{36}$`)
 
 // roleCommand gives the identity its role on the resource whose host begins so.
 const roleCommand = `
