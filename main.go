@@ -370,10 +370,11 @@ func (p *proxy) ready(ctx context.Context) error {
 	return err
 }
 
-// serve answers requests until a signal arrives, and then until the running ones are done.
+// serve answers requests until a signal arrives. Then it stops accepting and lets the running
+// requests and tunnels finish, for drainTime at most or until a second signal.
 func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel() // ends what outlives the drain, tunnels included
+	defer cancel()
 	srv := &http.Server{
 		Handler:                      p,
 		DisableGeneralOptionsHandler: true,             // OPTIONS * is not answered for the upstream
@@ -397,8 +398,22 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 	case err := <-failed:
 		return err
 	case <-signals:
-		return p.drain(srv, signals)
 	}
+
+	// Drain. What still runs when ctx ends, a tunnel too, ends with it.
+	p.draining.Store(true)
+	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
+		p.forward.active.Load(), drainTime)
+	time.AfterFunc(drainTime, cancel)
+	go func() {
+		<-signals
+		cancel()
+	}()
+	srv.Shutdown(ctx)        // which knows nothing of tunnels
+	p.forward.tunnels.Wait() // which may run for as long
+	srv.Close()
+	log.Print("stopped")
+	return nil
 }
 
 // logStart says where the proxy listens, who may use it and as whom.
@@ -430,30 +445,6 @@ func (c *config) whoMayUseIt() string {
 			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one"
 	}
 	return "warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity"
-}
-
-// drain stops accepting and lets running requests and tunnels finish, for drainTime at most or
-// until a second signal.
-func (p *proxy) drain(srv *http.Server, signals <-chan os.Signal) error {
-	p.draining.Store(true)
-	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
-		p.forward.active.Load(), drainTime)
-	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
-	defer cancel()
-	go func() {
-		<-signals
-		cancel()
-	}()
-	go func() {
-		if srv.Shutdown(ctx) == nil { // which knows nothing of tunnels
-			p.forward.tunnels.Wait()
-			cancel()
-		}
-	}()
-	<-ctx.Done()
-	srv.Close()
-	log.Print("stopped")
-	return nil
 }
 
 // check tries what the proxy needs, step by step, and says what is wrong and what to do. It sends a
