@@ -214,19 +214,17 @@ type config struct {
 // variable, what is wrong with it and what a right value looks like.
 func loadConfig(getenv func(string) string) (*config, error) {
 	get := func(name string) string { return strings.TrimSpace(getenv(name)) }
-	cfg := &config{
-		host:  strings.Trim(get("HOST"), "[]"),
-		port:  get("PORT"),
-		key:   get("EXPECTED_KEY"),
-		scope: get("AZURE_OPENAI_SCOPE"),
-		debug: isDebug(get),
-	}
-	var err error
-	if cfg.target, err = parseTarget(get("TARGET_URL")); err != nil {
+	target, err := parseTarget(get("TARGET_URL"))
+	if err != nil {
 		return nil, err
 	}
-	if cfg.port == "" {
-		cfg.port = "8081"
+	cfg := &config{
+		target: target,
+		host:   strings.Trim(get("HOST"), "[]"),
+		port:   cmp.Or(get("PORT"), "8081"),
+		key:    get("EXPECTED_KEY"),
+		scope:  cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
+		debug:  isDebug(get),
 	}
 	if _, err := strconv.ParseUint(cfg.port, 10, 16); err != nil {
 		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
@@ -235,10 +233,7 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		return nil, errors.New("EXPECTED_KEY: has characters that a header cannot carry; " +
 			"want printable ASCII such as the output of openssl rand -hex 32")
 	}
-	if cfg.scope == "" {
-		cfg.scope = defaultScope(cfg.target.Hostname())
-	}
-	if strings.Contains(cfg.scope, " ") || !isPrintableASCII(cfg.scope) {
+	if !isPrintableASCII(cfg.scope) || strings.Contains(cfg.scope, " ") {
 		return nil, fmt.Errorf("AZURE_OPENAI_SCOPE: want a scope such as "+
 			"https://cognitiveservices.azure.com/.default, got %q", cfg.scope)
 	}
@@ -424,10 +419,7 @@ func (p *proxy) logStart(listeners []net.Listener) {
 			"/anthropic/ and /models/ or a gateway's own path only")
 	}
 	for _, ln := range listeners {
-		addr := ln.Addr().String()
-		if cfg.key != "" && cfg.host == "" {
-			addr = ":" + addr[strings.LastIndex(addr, ":")+1:]
-		}
+		addr := strings.TrimPrefix(ln.Addr().String(), "[::]") // every interface
 		log.Printf("proxy listening on %s ➜ %s", addr, cfg.target)
 	}
 	log.Printf("tokens for %s come from %s at %s, %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
