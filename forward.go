@@ -705,53 +705,49 @@ func failure(err error) string {
 	return printable(step + ": " + err.Error() + hint)
 }
 
-// refusals are the upstream's usual ones, most telling first: status, a word of its answer, and
-// what to do, where {id} stands for the identity and {aud} for the token's audience.
-var refusals = []struct {
-	status     int
-	word, hint string
-}{
-	{400, "subdomain", regional},
-	{401, "subdomain", regional},
-	{401, "subscription key", "the gateway wants a key of its own, which the proxy does not send: " +
-		"let it accept the token"},
-	{401, "PermissionDenied", roleMissing},
-	{401, "audience", "the token is for {aud}, the wrong audience: " +
-		"set AZURE_OPENAI_SCOPE for this cloud or service"},
-	{401, "", roleMissing},
-	{403, "irewall", fenced},
-	{403, "rivate", fenced},
-	{403, "", roleMissing},
-	{404, "DeploymentNotFound", "there is no deployment of this name in the resource"},
-	{404, "", "there is no such path: check TARGET_URL and the client's base URL"},
-	{429, "", "too many requests or tokens for the deployment's quota"},
-}
-
-const (
-	regional = "a regional endpoint takes no tokens: " +
-		"use the resource's own, https://NAME.openai.azure.com/openai/"
-	fenced = "the resource's network rules refuse this host: " +
-		"allow its network or use the private endpoint"
-	roleName    = "Cognitive Services OpenAI User"
-	roleMissing = "{id} lacks the role " + roleName +
-		" on the resource (a new assignment takes minutes to work)"
-)
+// roleName is the role that lets an identity use the models of a resource.
+const roleName = "Cognitive Services OpenAI User"
 
 // explain says what an answer of 400 or more means, and what to do about it.
 func explain(resp *http.Response, said []byte, t token) string {
-	text := "answered " + printable(resp.Status)
-	for _, r := range refusals {
-		if r.status == resp.StatusCode && strings.Contains(string(said), r.word) {
-			c := t.claims()
-			names := strings.NewReplacer("{id}", c.identity(), "{aud}", printable(c.Audience))
-			text += "; hint: " + names.Replace(r.hint)
-			break
-		}
+	text := "answered " + resp.Status
+	if hint := hint(resp.StatusCode, strings.ToLower(string(said)), t); hint != "" {
+		text += "; hint: " + hint
 	}
 	if after := resp.Header.Get("Retry-After"); after != "" {
-		text += "; Retry-After: " + printable(after)
+		text += "; Retry-After: " + after
 	}
 	return text
+}
+
+// hint is what to do about a usual refusal of the upstream, which said so in lower case to t.
+func hint(status int, said string, t token) string {
+	says := func(word string) bool { return strings.Contains(said, word) }
+	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden
+	switch {
+	case (status == http.StatusBadRequest || unauthorized) && says("subdomain"):
+		return "a regional endpoint takes no tokens: " +
+			"use the resource's own, https://NAME.openai.azure.com/openai/"
+	case unauthorized && says("subscription key"):
+		return "the gateway wants a key of its own, which the proxy does not send: " +
+			"let it accept the token"
+	case unauthorized && says("audience"):
+		return "the token is for " + t.claims().Audience + ", the wrong audience: " +
+			"set AZURE_OPENAI_SCOPE for this cloud or service"
+	case forbidden && (says("firewall") || says("private")):
+		return "the resource's network rules refuse this host: " +
+			"allow its network or use the private endpoint"
+	case unauthorized || forbidden:
+		return "the identity with object id " + t.claims().Object + " lacks the role " + roleName +
+			" on the resource (a new assignment takes minutes to work)"
+	case status == http.StatusNotFound && says("deploymentnotfound"):
+		return "there is no deployment of this name in the resource"
+	case status == http.StatusNotFound:
+		return "there is no such path: check TARGET_URL and the client's base URL"
+	case status == http.StatusTooManyRequests:
+		return "too many requests or tokens for the deployment's quota"
+	}
+	return ""
 }
 
 // logProblem writes the second line of the request r, for what went wrong with the upstream request

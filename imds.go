@@ -60,29 +60,14 @@ type claims struct {
 	Client   string `json:"appid"`
 }
 
-// claims decodes the token, which is a JWT (RFC 7519); what cannot be decoded is empty.
-func (t token) claims() (c claims) {
+// claims decodes the token, which is a JWT (RFC 7519) or else says nothing.
+func (t token) claims() claims {
+	c := claims{Audience: "unknown", Tenant: "unknown", Object: "unknown", Client: "unknown"}
 	if parts := strings.Split(t.authorization, "."); len(parts) == 3 {
 		payload, _ := base64.RawURLEncoding.DecodeString(parts[1])
 		json.Unmarshal(payload, &c)
 	}
 	return c
-}
-
-func (c claims) String() string {
-	if c == (claims{}) {
-		return "not a readable JWT"
-	}
-	return fmt.Sprintf("audience %s, tenant %s, object id %s, client id %s",
-		c.Audience, c.Tenant, c.Object, c.Client)
-}
-
-// identity names whose token it is.
-func (c claims) identity() string {
-	if c.Object == "" {
-		return "the identity"
-	}
-	return printable("the identity with object id " + c.Object)
 }
 
 // tokenError is why there is no token.

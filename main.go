@@ -443,10 +443,11 @@ func (c *config) whoMayUseIt() string {
 // token request and one GET, nothing else.
 func check(getenv func(string) string, out io.Writer) error {
 	ok := func(step, format string, args ...any) {
-		fmt.Fprintf(out, "ok    %s: %s\n", step, fmt.Sprintf(format, args...))
+		fmt.Fprintf(out, "ok    %s: %s\n", step, printable(fmt.Sprintf(format, args...)))
 	}
 	fail := func(step, text string) error {
-		fmt.Fprintf(out, "FAIL  %s: %s\n", step, strings.ReplaceAll(text, "; hint: ", "\n      hint: "))
+		text = strings.ReplaceAll(printable(text), "; hint: ", "\n      hint: ")
+		fmt.Fprintf(out, "FAIL  %s: %s\n", step, text)
 		return errors.New(step + " failed the check")
 	}
 	cfg, err := loadConfig(getenv)
@@ -464,7 +465,8 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("token", tokenErr.text)
 	}
 	c := t.claims()
-	ok("token", "%s", printable(c.String()+", expires "+t.expires.Format(time.RFC3339)))
+	ok("token", "audience %s, tenant %s, object id %s, client id %s, expires %s",
+		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
 
 	u := cfg.target.JoinPath("models")
 	if !strings.Contains(u.Path, "/v1/") { // which has no versions
@@ -495,15 +497,17 @@ func check(getenv func(string) string, out io.Writer) error {
 	case resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai"):
 		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
 		return nil
-	case strings.Contains(answered, roleName) && consistsOf(c.Object, letters+digits+"-"): // for a shell
-		answered += fmt.Sprintf(roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
 	}
-	return fail("upstream", answered)
+	err = fail("upstream", answered)
+	if strings.Contains(answered, roleName) && consistsOf(c.Object, letters+digits+"-") { // for a shell
+		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
+	}
+	return err
 }
 
 // roleCommand gives the identity its role on the resource whose host begins so.
-const roleCommand = `
-      az role assignment create --assignee-object-id %s \
+const roleCommand = `      az role assignment create --assignee-object-id %s \
         --assignee-principal-type ServicePrincipal --role "%s" \
         --scope "$(az cognitiveservices account list \
-        --query "[?properties.customSubDomainName=='%s'].id" --output tsv)"`
+        --query "[?properties.customSubDomainName=='%s'].id" --output tsv)"
+`
