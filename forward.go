@@ -140,7 +140,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Check the caller.
 	upgrade := isWebSocket(r)
 	if refusal := f.check(r, upgrade); refusal != nil {
-		log.Printf("answered %d to %s: %s", refusal.status, r.RemoteAddr, refusal.Message)
+		log.Printf("answered %d to %s: %s", refusal.status, r.RemoteAddr, refusal.message)
 		refusal.write(w, r)
 		return
 	}
@@ -155,12 +155,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
-		e := newError(http.StatusServiceUnavailable, "no_token", "no token: "+err.Error())
-		var unavailable *tokenError
-		if errors.As(err, &unavailable) {
-			e.retryAfter = unavailable.retryAfter
+		var failure *tokenError
+		if errors.As(err, &failure) {
+			seconds := max(1, math.Ceil(failure.retryAfter.Seconds()))
+			w.Header().Set("Retry-After", strconv.Itoa(int(seconds)))
 		}
-		f.logProblem(r, req, nil, start, e.Message)
+		e := &apiError{http.StatusServiceUnavailable, "no_token", "no token: " + err.Error()}
+		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
 		return
 	}
@@ -178,12 +179,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	body, _ := req.Body.(*upload)
 	if err != nil {
-		e := newError(http.StatusBadGateway, "upstream_unreachable",
-			"no answer from "+f.target.Host+": "+failure(err))
+		e := &apiError{http.StatusBadGateway, "upstream_unreachable",
+			"no answer from " + f.target.Host + ": " + failure(err)}
 		if err := body.failure(); err != nil {
-			e = newError(http.StatusBadRequest, "invalid_body", "reading the request's body: "+err.Error())
+			e = &apiError{http.StatusBadRequest, "invalid_body",
+				"reading the request's body: " + err.Error()}
 		}
-		f.logProblem(r, req, nil, start, e.Message)
+		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
 		return
 	}
@@ -220,19 +222,21 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	switch {
 	case r.Method == http.MethodConnect, r.Method == http.MethodTrace: // TRACE would echo the token
-		return newError(http.StatusMethodNotAllowed, "method_not_allowed", r.Method+" is not forwarded")
+		return &apiError{http.StatusMethodNotAllowed, "method_not_allowed",
+			r.Method + " is not forwarded"}
 	case !strings.HasPrefix(r.RequestURI, "/"):
-		return newError(http.StatusBadRequest, "invalid_path",
-			"the request target must be a path: this is no HTTP proxy for other hosts")
+		return &apiError{http.StatusBadRequest, "invalid_path",
+			"the request target must be a path: this is no HTTP proxy for other hosts"}
 	case f.key == "" && mayBeWebPage(r):
-		return newError(http.StatusForbidden, "foreign_web_page",
-			"Host, Origin or Sec-Fetch-Site is that of a web page: "+
-				"call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY")
+		return &apiError{http.StatusForbidden, "foreign_web_page",
+			"Host, Origin or Sec-Fetch-Site is that of a web page: " +
+				"call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY"}
 	case !f.authorized(r, upgrade):
-		return newError(http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: "+
-			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer")
+		return &apiError{http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: " +
+			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer"}
 	case hasDotSegment(rawPath(r)):
-		return newError(http.StatusBadRequest, "invalid_path", "the path must not have . or .. segments")
+		return &apiError{http.StatusBadRequest, "invalid_path",
+			"the path must not have . or .. segments"}
 	}
 	return nil
 }
@@ -652,40 +656,31 @@ func passInterim(w http.ResponseWriter, r *http.Request) (ctx context.Context, s
 	return httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: pass}), stop
 }
 
-// apiError is an answer of the proxy's own, in the form of OpenAI's.
+// apiError is an answer of the proxy's own.
 type apiError struct {
-	status     int
-	retryAfter time.Duration
-
-	Message string  `json:"message"`
-	Type    string  `json:"type"`
-	Param   *string `json:"param"`
-	Code    string  `json:"code"`
+	status  int
+	code    string // "invalid_api_key"
+	message string
 }
 
-func newError(status int, code, message string) *apiError {
+// write answers with the error in the form of OpenAI's.
+func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	kind := "invalid_request_error"
-	if status >= 500 {
+	if e.status >= 500 {
 		kind = "server_error"
 	}
-	return &apiError{status: status, Message: message, Type: kind, Code: code}
-}
-
-func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
-	h := w.Header()
-	h.Set("Content-Type", "application/json")
+	message, _ := json.Marshal(e.message)
+	w.Header().Set("Content-Type", "application/json")
 	if e.status == http.StatusUnauthorized {
-		h.Set("WWW-Authenticate", "Bearer")
-	}
-	if e.retryAfter > 0 {
-		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
+		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	if r.ContentLength != 0 {
-		h.Set("Connection", "close")
+		w.Header().Set("Connection", "close")
 		defer dismiss(w, r)
 	}
 	w.WriteHeader(e.status)
-	json.NewEncoder(w).Encode(map[string]*apiError{"error": e})
+	fmt.Fprintf(w, `{"error":{"message":%s,"type":%q,"param":null,"code":%q}}`+"\n",
+		message, kind, e.code)
 }
 
 // failure says in which step a call to the upstream failed, and how.
