@@ -200,8 +200,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	copyHeader(w.Header(), resp)
-	early := body.pending()
-	if early {
+	if body != nil { // some of it may be yet to come
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
@@ -213,7 +212,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
 		abort(w, r)
 	}
-	if early {
+	if body != nil {
 		dismiss(w, r)
 	}
 }
@@ -375,19 +374,16 @@ func (u *upload) Read(p []byte) (int, error) {
 // Close leaves the body open: the server closes it.
 func (u *upload) Close() error { return nil }
 
-// pending tells whether the client has yet to send some of the body.
-func (u *upload) pending() bool { return u != nil && u.end.Load() == nil }
-
 // failure is why the body cannot be read to its end, if it cannot.
 func (u *upload) failure() error {
-	if u == nil || u.pending() || *u.end.Load() == io.EOF {
+	if u == nil || u.end.Load() == nil || *u.end.Load() == io.EOF {
 		return nil
 	}
 	return *u.end.Load()
 }
 
-// dismiss ends a request the rest of whose body nobody wants. Left to itself the server would wait
-// for it as long as it takes, or take it for the next request (golang/go#68560).
+// dismiss ends a request the rest of whose body, if there is one, nobody wants. Left to itself the
+// server would wait for it as long as it takes, or take it for the next request (golang/go#68560).
 func dismiss(w http.ResponseWriter, r *http.Request) {
 	out := http.NewResponseController(w)
 	out.Flush()
