@@ -177,14 +177,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		resp.Body.Close()
 		err = fmt.Errorf("unasked status %s", resp.Status)
 	}
-	body, _ := req.Body.(*upload)
 	if err != nil {
 		e := &apiError{http.StatusBadGateway, "upstream_unreachable",
 			"no answer from " + f.target.Host + ": " + failure(err)}
-		if err := body.failure(); err != nil {
-			e = &apiError{http.StatusBadRequest, "invalid_body",
-				"reading the request's body: " + err.Error()}
-		}
 		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
 		return
@@ -200,7 +195,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	copyHeader(w.Header(), resp)
-	if body != nil { // some of it may be yet to come
+	streamed := req.Body != nil && req.GetBody == nil // some of it may be yet to come
+	if streamed {
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
@@ -212,7 +208,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
 		abort(w, r)
 	}
-	if body != nil {
+	if streamed {
 		dismiss(w, r)
 	}
 }
@@ -352,34 +348,9 @@ func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Reques
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
 		req.Body, _ = req.GetBody()
 	default:
-		req.Body = &upload{Reader: r.Body}
+		req.Body = io.NopCloser(r.Body) // the server closes it
 	}
 	return req, nil
-}
-
-// upload is a request body that is streamed. A nil one is a body that was sent as a whole.
-type upload struct {
-	io.Reader
-	end atomic.Pointer[error] // what reading it ended with; nil before
-}
-
-func (u *upload) Read(p []byte) (int, error) {
-	n, err := u.Reader.Read(p)
-	if err != nil {
-		u.end.Store(&err)
-	}
-	return n, err
-}
-
-// Close leaves the body open: the server closes it.
-func (u *upload) Close() error { return nil }
-
-// failure is why the body cannot be read to its end, if it cannot.
-func (u *upload) failure() error {
-	if u == nil || u.end.Load() == nil || *u.end.Load() == io.EOF {
-		return nil
-	}
-	return *u.end.Load()
 }
 
 // dismiss ends a request the rest of whose body, if there is one, nobody wants. Left to itself the

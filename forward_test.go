@@ -1503,11 +1503,11 @@ func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
 	}
 }
 
-func TestMalformedBodyIsTheClientsFault(t *testing.T) {
+func TestMalformedBodyIsNamedAsTheCause(t *testing.T) {
 	p, _ := startRecorded(t, nil)
 	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
-	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") {
-		t.Errorf("got %d %s, want 400", resp.StatusCode, body)
+	if resp.StatusCode != 502 || !strings.Contains(body, "invalid byte in chunk length") {
+		t.Errorf("got %d %s, want 502 and the cause", resp.StatusCode, body)
 	}
 }
 
