@@ -734,8 +734,8 @@ func (f *forwarder) redact(uri string) string {
 	if found {
 		path += "?" + cutCredentials(query)
 	}
-	if f.key != "" && (strings.Contains(path, f.key) || strings.Contains(unescape(path), f.key) ||
-		strings.Contains(unescape(strings.ReplaceAll(path, "+", " ")), f.key)) {
+	plain := func(s string) string { return strings.ReplaceAll(unescape(s), "+", " ") }
+	if f.key != "" && strings.Contains(plain(path), plain(f.key)) {
 		return "REDACTED"
 	}
 	if !isPrintableASCII(path) {
