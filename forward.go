@@ -477,54 +477,39 @@ func copyHeader(h http.Header, resp *http.Response) {
 	}
 }
 
-// The buffers that answers are copied through: small ones, as most streams are slow and many, and
-// large ones for an answer that has filled a small one.
-var (
-	smallBuffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
-	largeBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
-)
+// buffers are what answers are copied through. One has room for a TLS record, the most that a read
+// from the upstream brings.
+var buffers = sync.Pool{New: func() any { return new([16 << 10]byte) }}
 
 // copyBody passes the answer's body on: each read is written and flushed at once. Of a refusal it
 // returns the first bytes as said, for the log to explain it.
 func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err error) {
-	small := smallBuffers.Get().(*[4 << 10]byte)
-	defer smallBuffers.Put(small)
-	buf := small[:]
+	buf := buffers.Get().(*[16 << 10]byte)
+	defer buffers.Put(buf)
 	out := http.NewResponseController(w)
 	headFlushed := flushSoon(out, resp)
-	n, readErr := resp.Body.Read(buf)
-	if err := headFlushed(); err != nil {
-		return nil, err
-	}
-	for ; ; n, readErr = resp.Body.Read(buf) {
-		if n > 0 {
-			if resp.StatusCode >= 400 {
-				said = append(said, buf[:min(n, maxSaid-len(said))]...)
-			}
-			_, err := w.Write(buf[:n])
-			if err == nil && readErr == nil {
-				err = out.Flush()
-			}
-			if err != nil {
-				return said, err
-			}
+	n, readErr := resp.Body.Read(buf[:])
+	err = headFlushed()
+	for err == nil {
+		if resp.StatusCode >= 400 {
+			said = append(said, buf[:min(n, maxSaid-len(said))]...)
+		}
+		if _, err = w.Write(buf[:n]); err != nil {
+			break
 		}
 		if readErr == io.EOF {
-			break
+			for name, values := range resp.Trailer {
+				w.Header()[http.TrailerPrefix+name] = values
+			}
+			return said, nil
 		}
 		if readErr != nil {
 			return said, readErr
 		}
-		if n == len(buf) && n == len(small) {
-			large := largeBuffers.Get().(*[64 << 10]byte)
-			defer largeBuffers.Put(large)
-			buf = large[:]
-		}
+		err = out.Flush()
+		n, readErr = resp.Body.Read(buf[:])
 	}
-	for name, values := range resp.Trailer {
-		w.Header()[http.TrailerPrefix+name] = values
-	}
-	return said, nil
+	return said, err
 }
 
 // flushSoon sends the head before the body has begun. A small body of known length mostly comes
