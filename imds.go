@@ -631,11 +631,11 @@ var errExpired = errors.New("it has expired already")
 // refresh_in, else after 80 % of its life.
 func parseToken(body []byte, sent, base time.Time) (token, error) {
 	var a struct {
-		AccessToken string          `json:"access_token"`
-		ExpiresOn   json.RawMessage `json:"expires_on"`
-		ExpiresIn   json.RawMessage `json:"expires_in"`
-		RefreshIn   json.RawMessage `json:"refresh_in"`
-		ClientID    string          `json:"client_id"`
+		AccessToken string `json:"access_token"`
+		ExpiresOn   any    `json:"expires_on"`
+		ExpiresIn   any    `json:"expires_in"`
+		RefreshIn   any    `json:"refresh_in"`
+		ClientID    string `json:"client_id"`
 	}
 	if json.Unmarshal(body, &a) != nil { // its error may quote the body
 		return token{}, errors.New("not the JSON object expected")
@@ -646,26 +646,31 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 	if !isPrintableASCII(a.AccessToken) || strings.Contains(a.AccessToken, " ") {
 		return token{}, errors.New("access_token has bytes that a header cannot carry")
 	}
-	life, err := parseSeconds(scalar(a.ExpiresIn))
-	if err != nil {
-		return token{}, fmt.Errorf("expires_in: %w", err)
+	on, in := scalar(a.ExpiresOn), scalar(a.ExpiresIn)
+	if on == "" && in == "" {
+		return token{}, errors.New("expires_on and expires_in are missing")
 	}
-	if text := scalar(a.ExpiresOn); text != "" {
-		on, err := parseTime(text)
+	life := time.Duration(math.MaxInt64)
+	if in != "" {
+		seconds, err := parseSeconds(in)
+		if err != nil {
+			return token{}, fmt.Errorf("expires_in: %w", err)
+		}
+		life = seconds
+	}
+	if on != "" {
+		end, err := parseTime(on)
 		if err != nil {
 			return token{}, fmt.Errorf("expires_on: %w", err)
 		}
-		life = min(life, on.Sub(base), forever-1) // which the year 9999 would reach
+		life = min(life, end.Sub(base))
 	}
-	switch {
-	case life == forever:
-		return token{}, errors.New("expires_on and expires_in are missing")
-	case life <= 0:
+	if life <= 0 {
 		return token{}, errExpired
 	}
 	refresh := life / 5 * 4
-	if in, err := parseSeconds(scalar(a.RefreshIn)); err == nil && in > 0 {
-		refresh = min(refresh, in)
+	if seconds, err := parseSeconds(scalar(a.RefreshIn)); err == nil && seconds > 0 {
+		refresh = min(refresh, seconds)
 	}
 	return token{
 		authorization: "Bearer " + a.AccessToken,
@@ -676,12 +681,11 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 }
 
 // scalar is the text of a JSON string or number; of null or a missing field it is empty.
-func scalar(raw json.RawMessage) string {
-	var text string
-	if json.Unmarshal(raw, &text) != nil {
-		return string(raw)
+func scalar(value any) string {
+	if value == nil {
+		return ""
 	}
-	return strings.TrimSpace(text)
+	return strings.TrimSpace(fmt.Sprint(value))
 }
 
 // dateLayouts are the forms of expires_on beside epoch seconds, as seen from App Service.
@@ -706,13 +710,8 @@ func parseTime(text string) (time.Time, error) {
 	return time.Time{}, errors.New("not in a form known here")
 }
 
-const forever = time.Duration(math.MaxInt64)
-
-// parseSeconds reads a number of seconds; where there is none, that is forever.
+// parseSeconds reads a number of seconds.
 func parseSeconds(text string) (time.Duration, error) {
-	if text == "" {
-		return forever, nil
-	}
 	seconds, err := strconv.ParseFloat(text, 64)
 	if err != nil || !(seconds >= 0 && seconds < 9e9) { // more does not fit a time.Duration
 		return 0, errors.New("not a number of seconds")
