@@ -114,16 +114,20 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	}
 }
 
-// warm opens the first connection to the upstream, so that the first request need not wait for it.
-// It gives up its own request as soon as the transport dials: since Go 1.23 the transport dials on
-// and keeps the connection for the next request. Nothing is sent but the TLS handshake.
+// warm begins to open the first connection to the upstream, so that the first request need not wait
+// for it. It gives up its own request as soon as the transport dials: since Go 1.23 the transport
+// dials on and keeps the connection for the next request. Nothing is sent but the TLS handshake.
 func (f *forwarder) warm() {
 	ctx, cancel := context.WithCancel(context.Background())
 	givenUp := make(chan struct{})
-	trace := &httptrace.ClientTrace{ConnectStart: func(string, string) {
+	giveUp := func() {
 		cancel()
 		<-givenUp // or the connection might come first, and the request be sent on it
-	}}
+	}
+	trace := &httptrace.ClientTrace{ // a host that is an address has no DNS lookup
+		DNSStart:     func(httptrace.DNSStartInfo) { giveUp() },
+		ConnectStart: func(string, string) { giveUp() },
+	}
 	req := &http.Request{Method: http.MethodHead, URL: f.target, Header: http.Header{}}
 	f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	cancel()
