@@ -451,10 +451,8 @@ func (s *source) fetch(ctx context.Context) (token, *tokenError) {
 		if failure == nil || !failure.transient {
 			return t, failure
 		}
-		wait := failure.retryAfter
-		if wait == 0 {
-			wait = time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
-		}
+		jittered := time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
+		wait := cmp.Or(failure.retryAfter, jittered)
 		if left -= wait; left < 0 {
 			return t, failure
 		}

@@ -382,9 +382,7 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 	}
 	p.logStart(listeners)
 	go p.tokens.token(ctx) // both so that the first request need not wait
-	if p.cfg.target.Scheme == "https" {
-		p.forward.warm() // before there is another connection that its request could go out on
-	}
+	p.forward.warm()       // before there is another connection that its request could go out on
 	failed := make(chan error, len(listeners))
 	for _, ln := range listeners {
 		go func() { failed <- srv.Serve(ln) }()
