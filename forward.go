@@ -159,9 +159,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
-		var failure *tokenError
-		if errors.As(err, &failure) {
-			seconds := max(1, math.Ceil(failure.retryAfter.Seconds()))
+		var noToken *tokenError
+		if errors.As(err, &noToken) {
+			seconds := max(1, math.Ceil(noToken.retryAfter.Seconds()))
 			w.Header().Set("Retry-After", strconv.Itoa(int(seconds)))
 		}
 		e := &apiError{http.StatusServiceUnavailable, "no_token", "no token: " + err.Error()}
@@ -662,7 +662,7 @@ const roleName = "Cognitive Services OpenAI User"
 // explain says what an answer of 400 or more means, and what to do about it.
 func explain(resp *http.Response, said []byte, t token) string {
 	text := "answered " + resp.Status
-	if hint := hint(resp.StatusCode, strings.ToLower(string(said)), t); hint != "" {
+	if hint := remedy(resp.StatusCode, strings.ToLower(string(said)), t); hint != "" {
 		text += "; hint: " + hint
 	}
 	if after := resp.Header.Get("Retry-After"); after != "" {
@@ -671,8 +671,8 @@ func explain(resp *http.Response, said []byte, t token) string {
 	return text
 }
 
-// hint is what to do about a usual refusal of the upstream, which said so in lower case to t.
-func hint(status int, said string, t token) string {
+// remedy is what to do about a usual refusal of the token t. What the upstream said is in lower case.
+func remedy(status int, said string, t token) string {
 	says := func(word string) bool { return strings.Contains(said, word) }
 	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden
 	switch {
