@@ -190,16 +190,16 @@ func (s *tokenSource) rejected(t token) {
 
 // source is one place that tokens come from, with one identity.
 type source struct {
-	name     string   // "IMDS"; the fields from here to request are a row of sources
-	marks    []string // variables that are all set where it is
-	file     string   // or a file that exists there
-	endpoint string   // variable that holds its URL, or the start of it
-	fallback string   // what that is where the variable is empty
-	path     string   // what follows it
-	secret   string   // variable that proves to it who asks
-	header   string   // where the secret goes
-	version  string   // api-version of a GET
-	idParam  string   // parameter for the client id of a user-assigned identity
+	name     string // "IMDS"; the fields from here to request are a row of sources
+	marks    string // variables that are all set where it is: "MSI_ENDPOINT and MSI_SECRET"
+	file     string // or a file that exists there
+	endpoint string // variable that holds its URL, or the start of it
+	fallback string // what that is where the variable is empty
+	path     string // what follows it
+	secret   string // variable that proves to it who asks
+	header   string // where the secret goes
+	version  string // api-version of a GET
+	idParam  string // parameter for the client id of a user-assigned identity
 	request  func(*source, context.Context) (*http.Request, *tokenError)
 
 	getenv       func(string) string
@@ -218,23 +218,23 @@ type source struct {
 // the first that is there is taken.
 var sources = []source{
 	{name: "workload identity", // of AKS
-		marks:    []string{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"},
+		marks:    "AZURE_FEDERATED_TOKEN_FILE and AZURE_TENANT_ID and AZURE_CLIENT_ID",
 		endpoint: "AZURE_AUTHORITY_HOST", fallback: "https://login.microsoftonline.com",
 		request: (*source).workloadIdentity},
 	{name: "Service Fabric", // refused by newSource
-		marks: []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER", "IDENTITY_SERVER_THUMBPRINT"}},
+		marks: "IDENTITY_ENDPOINT and IDENTITY_HEADER and IDENTITY_SERVER_THUMBPRINT"},
 	{name: "App Service", // and Functions, Container Apps, Automation
-		marks:    []string{"IDENTITY_ENDPOINT", "IDENTITY_HEADER"},
+		marks:    "IDENTITY_ENDPOINT and IDENTITY_HEADER",
 		endpoint: "IDENTITY_ENDPOINT", secret: "IDENTITY_HEADER", header: "X-IDENTITY-HEADER",
 		version: "2019-08-01", idParam: "client_id", request: (*source).get},
 	{name: "Azure ML", // which has App Service's protocol of 2017
-		marks:    []string{"MSI_ENDPOINT", "MSI_SECRET"},
+		marks:    "MSI_ENDPOINT and MSI_SECRET",
 		endpoint: "MSI_ENDPOINT", secret: "MSI_SECRET", header: "Secret",
 		version: "2017-09-01", idParam: "clientid", request: (*source).get},
 	{name: "Cloud Shell",
-		marks: []string{"MSI_ENDPOINT"}, endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
+		marks: "MSI_ENDPOINT", endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
 	{name: "Azure Arc", // a service may lack the variables, if it started before the agent
-		marks:    []string{"IDENTITY_ENDPOINT", "IMDS_ENDPOINT"},
+		marks:    "IDENTITY_ENDPOINT and IMDS_ENDPOINT",
 		file:     arcFile("/opt/azcmagent/bin/himds", "ProgramFiles", "himds.exe"),
 		endpoint: "IDENTITY_ENDPOINT",
 		fallback: "http://127.0.0.1:40342/metadata/identity/oauth2/token",
@@ -245,18 +245,15 @@ var sources = []source{
 		version: "2018-02-01", idParam: "client_id", request: (*source).get},
 }
 
-// halves are variables that mean nothing unless one of others is set too.
-var halves = []struct {
-	name   string
-	others []string
-}{
-	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_TENANT_ID"}},
-	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_CLIENT_ID"}},
-	{"IDENTITY_ENDPOINT", []string{"IDENTITY_HEADER", "IMDS_ENDPOINT"}},
+// halves are variables that mean nothing unless another, or one of two others, is set too.
+var halves = [][2]string{
+	{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID"},
+	{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_CLIENT_ID"},
+	{"IDENTITY_ENDPOINT", "IDENTITY_HEADER or IMDS_ENDPOINT"},
 	// In a Container Instance, which has IMDS, the header comes with the thumbprint alone.
-	{"IDENTITY_HEADER", []string{"IDENTITY_ENDPOINT", "IDENTITY_SERVER_THUMBPRINT"}},
-	{"IMDS_ENDPOINT", []string{"IDENTITY_ENDPOINT"}},
-	{"MSI_SECRET", []string{"MSI_ENDPOINT"}},
+	{"IDENTITY_HEADER", "IDENTITY_ENDPOINT or IDENTITY_SERVER_THUMBPRINT"},
+	{"IMDS_ENDPOINT", "IDENTITY_ENDPOINT"},
+	{"MSI_SECRET", "MSI_ENDPOINT"},
 }
 
 // newSource picks the source for the environment. Its error names the variables that are wrong.
@@ -264,13 +261,13 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 	isSet := func(name string) bool { return getenv(name) != "" }
 	isUnset := func(name string) bool { return getenv(name) == "" }
 	for _, h := range halves {
-		if isSet(h.name) && !slices.ContainsFunc(h.others, isSet) {
-			return nil, fmt.Errorf("%s is set without %s: set both, or neither",
-				h.name, strings.Join(h.others, " or "))
+		if isSet(h[0]) && !slices.ContainsFunc(strings.Split(h[1], " or "), isSet) {
+			return nil, fmt.Errorf("%s is set without %s: set both, or neither", h[0], h[1])
 		}
 	}
 	s := sources[slices.IndexFunc(sources, func(s source) bool {
-		return exists(s.file) || !slices.ContainsFunc(s.marks, isUnset)
+		return exists(s.file) || s.marks == "" ||
+			!slices.ContainsFunc(strings.Split(s.marks, " and "), isUnset)
 	})]
 
 	// It is spoken to straight, whatever proxy the environment names. A transport does not follow
@@ -325,8 +322,8 @@ func (s *source) why() string {
 	switch {
 	case exists(s.file):
 		return "marked by " + s.file
-	case s.marks != nil:
-		return "marked by " + strings.Join(s.marks, " and ")
+	case s.marks != "":
+		return "marked by " + s.marks
 	}
 	return "no variable marks another source"
 }
