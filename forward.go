@@ -493,27 +493,31 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 	out := http.NewResponseController(w)
 	headFlushed := flushSoon(out, resp)
 	n, readErr := resp.Body.Read(buf[:])
-	err = headFlushed()
-	for err == nil {
+	if err := headFlushed(); err != nil {
+		return nil, err
+	}
+	for {
 		if resp.StatusCode >= 400 {
 			said = append(said, buf[:min(n, maxSaid-len(said))]...)
 		}
-		if _, err = w.Write(buf[:n]); err != nil {
-			break
+		if _, err := w.Write(buf[:n]); err != nil {
+			return said, err
 		}
 		if readErr == io.EOF {
-			for name, values := range resp.Trailer {
-				w.Header()[http.TrailerPrefix+name] = values
-			}
-			return said, nil
+			break
 		}
 		if readErr != nil {
 			return said, readErr
 		}
-		err = out.Flush()
+		if err := out.Flush(); err != nil {
+			return said, err
+		}
 		n, readErr = resp.Body.Read(buf[:])
 	}
-	return said, err
+	for name, values := range resp.Trailer {
+		w.Header()[http.TrailerPrefix+name] = values
+	}
+	return said, nil
 }
 
 // flushSoon sends the head before the body has begun. A small body of known length mostly comes
@@ -671,7 +675,7 @@ func explain(resp *http.Response, said []byte, t token) string {
 	return text
 }
 
-// remedy is what to do about a usual refusal of the token t. What the upstream said is in lower case.
+// remedy is what to do about a usual refusal of the token t. What was said is in lower case.
 func remedy(status int, said string, t token) string {
 	says := func(word string) bool { return strings.Contains(said, word) }
 	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden

@@ -497,7 +497,8 @@ func check(getenv func(string) string, out io.Writer) error {
 		return nil
 	}
 	err = fail("upstream", answered)
-	if strings.Contains(answered, roleName) && consistsOf(c.Object, letters+digits+"-") { // for a shell
+	safe := consistsOf(c.Object, letters+digits+"-") // in a shell
+	if safe && strings.Contains(answered, roleName) {
 		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
 	}
 	return err
