@@ -570,13 +570,12 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	defer closeBoth()
 	defer context.AfterFunc(r.Context(), closeBoth)()
 
-	head := http.Header{}
-	copyHeader(head, resp)
-	head.Set("Connection", "Upgrade")
-	head.Set("Upgrade", "websocket")
-	fmt.Fprint(buffered, "HTTP/1.1 101 Switching Protocols\r\n")
-	head.Write(buffered)
-	fmt.Fprint(buffered, "\r\n")
+	answer := http.Response{ProtoMajor: 1, ProtoMinor: 1, StatusCode: resp.StatusCode}
+	answer.Header = http.Header{}
+	copyHeader(answer.Header, resp)
+	answer.Header.Set("Connection", "Upgrade")
+	answer.Header.Set("Upgrade", "websocket")
+	answer.Write(buffered)
 	if buffered.Flush() != nil {
 		return
 	}
