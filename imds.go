@@ -600,8 +600,8 @@ func printable(s string) string {
 // retryAfter reads a Retry-After header, which holds seconds or a date (RFC 9110 §10.2.3).
 func retryAfter(h http.Header, now time.Time) time.Duration {
 	value := h.Get("Retry-After")
-	if seconds, err := strconv.Atoi(value); err == nil && seconds > 0 {
-		return time.Duration(min(seconds, 3600)) * time.Second
+	if wait, err := parseSeconds(value); err == nil {
+		return wait
 	}
 	if date, err := http.ParseTime(value); err == nil {
 		return max(date.Sub(now), 0)
