@@ -40,9 +40,10 @@ var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
 // keptPrefixes are exceptions: App Service's sign-in puts the user's own tokens into the first two,
-// front ends tell of the client's network and URL in the others.
-var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Privatelink- " +
-	"X-Ms-Containerapp- X-Ms-Original-Url")
+// clients may put further credentials into the next two, and front ends tell of the client's network
+// and URL in the others.
+var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Authorization " +
+	"X-Openai-Api-Key X-Ms-Forwarded- X-Ms-Privatelink- X-Ms-Containerapp- X-Ms-Original-Url")
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and so does Sec-WebSocket-Protocol
 // less the key that may be in it.
@@ -63,6 +64,10 @@ func fields(names string) map[string]bool {
 	}
 	return set
 }
+
+// unforwardedMethods are CONNECT, whose target is a host, and those whose answer repeats the request
+// with the token in it; IIS has a name of its own for that.
+var unforwardedMethods = []string{http.MethodConnect, http.MethodTrace, "TRACK"}
 
 // keyProtocol precedes the key among the subprotocols that openai-node offers on a WebSocket.
 const keyProtocol = "openai-insecure-api-key."
@@ -85,8 +90,7 @@ type forwarder struct {
 	key       string   // what clients must present; empty for nothing
 	tokens    *tokenSource
 	transport *http.Transport
-	active    atomic.Int64   // requests and tunnels under way
-	tunnels   sync.WaitGroup // tunnels under way
+	active    atomic.Int64 // requests and tunnels under way
 }
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
@@ -149,7 +153,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Build the upstream request.
+	// Build the upstream request. A small body is read for it, so that no token is fetched for a
+	// request that never comes.
 	req, err := f.upstreamRequest(r, upgrade)
 	if err != nil {
 		log.Printf("%s left before its request was complete: %v", r.RemoteAddr, err)
@@ -174,9 +179,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Send it. Full duplex lets an answer pass while the upload still runs; without it the server
 	// would take the body away from the transport then, and cut the answer (golang/go#40747).
 	http.NewResponseController(w).EnableFullDuplex()
-	ctx, stopInterim := passInterim(w, r)
+	ctx, stopTrace := traceAnswer(w, r)
 	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
-	stopInterim()
+	stopTrace()
 	if err == nil && resp.StatusCode < 200 && !(upgrade && isSwitch(resp)) {
 		resp.Body.Close()
 		err = fmt.Errorf("unasked status %s", resp.Status)
@@ -184,6 +189,11 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		e := &apiError{http.StatusBadGateway, "upstream_unreachable",
 			"no answer from " + f.target.Host + ": " + failure(err)}
+		var broken uploadError
+		if errors.As(err, &broken) {
+			e = &apiError{http.StatusBadRequest, "invalid_body",
+				"reading the request's body: " + err.Error()}
+		}
 		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
 		return
@@ -199,8 +209,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	copyHeader(w.Header(), resp)
-	streamed := req.Body != nil && req.GetBody == nil // some of it may be yet to come
-	if streamed {
+	_, streamed := req.Body.(upload)
+	if streamed { // some of it may be yet to come
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
@@ -208,8 +218,10 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if resp.StatusCode >= 400 {
 		f.logProblem(r, req, resp, start, explain(resp, said, t))
 	}
-	if err != nil {
+	if err != nil && r.Context().Err() == nil { // many clients leave after the last event
 		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
+	}
+	if err != nil {
 		abort(w, r)
 	}
 	if streamed {
@@ -219,8 +231,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // check decides whether the request may go upstream, and says why not.
 func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
-	switch {
-	case r.Method == http.MethodConnect, r.Method == http.MethodTrace: // TRACE would echo the token
+	switch method := strings.ToUpper(r.Method); {
+	case slices.Contains(unforwardedMethods, method):
 		return &apiError{http.StatusMethodNotAllowed, "method_not_allowed",
 			r.Method + " is not forwarded"}
 	case !strings.HasPrefix(r.RequestURI, "/"):
@@ -352,10 +364,26 @@ func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Reques
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
 		req.Body, _ = req.GetBody()
 	default:
-		req.Body = io.NopCloser(r.Body) // the server closes it
+		req.Body = upload{r.Body}
 	}
 	return req, nil
 }
+
+// upload is a request body that is streamed. The server closes it.
+type upload struct{ io.Reader }
+
+// uploadError is a failure to read the client's body, to be told from the upstream's failures.
+type uploadError struct{ error }
+
+func (u upload) Read(p []byte) (int, error) {
+	n, err := u.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		err = uploadError{err}
+	}
+	return n, err
+}
+
+func (u upload) Close() error { return nil }
 
 // dismiss ends a request the rest of whose body, if there is one, nobody wants. Left to itself the
 // server would wait for it as long as it takes, or take it for the next request (golang/go#68560).
@@ -417,9 +445,10 @@ func isForwarded(name string) bool {
 }
 
 // isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
-// among them, are not forwarded: what follows them could not be checked.
+// among them, are not forwarded: what follows them could not be checked. Nor is one with a body,
+// which the transport and the tunnel would both read.
 func isWebSocket(r *http.Request) bool {
-	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) &&
+	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) && r.ContentLength == 0 &&
 		strings.EqualFold(r.Header.Get("Upgrade"), "websocket") &&
 		slices.ContainsFunc(listed(r.Header["Connection"]), func(t string) bool {
 			return strings.EqualFold(t, "upgrade")
@@ -446,7 +475,8 @@ func listed(values []string) (items []string) {
 func cutCredentials(query string) string {
 	isCredential := func(pair string) bool {
 		name, _, _ := strings.Cut(pair, "=")
-		return credentialParams[strings.ToLower(unescape(name))]
+		name = strings.Trim(unescape(name), "? +\t\r\n\x00") // as lenient servers do
+		return credentialParams[strings.ToLower(name)]
 	}
 	var kept []string
 	for _, pairs := range strings.Split(query, "&") {
@@ -477,22 +507,24 @@ func copyHeader(h http.Header, resp *http.Response) {
 		h.Set("X-Accel-Buffering", "no") // or an nginx in front would hold events back
 	}
 	for name := range resp.Trailer {
-		h.Add("Trailer", name)
+		if !hopByHop[name] {
+			h.Add("Trailer", name)
+		}
 	}
 }
 
-// buffers are what answers are copied through. One has room for a TLS record, the most that a read
-// from the upstream brings.
-var buffers = sync.Pool{New: func() any { return new([16 << 10]byte) }}
+// buffers are what most answers are copied through: small, as open streams are many.
+var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
 
 // copyBody passes the answer's body on: each read is written and flushed at once. Of a refusal it
 // returns the first bytes as said, for the log to explain it.
 func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err error) {
-	buf := buffers.Get().(*[16 << 10]byte)
-	defer buffers.Put(buf)
+	small := buffers.Get().(*[4 << 10]byte)
+	defer buffers.Put(small)
+	buf := small[:]
 	out := http.NewResponseController(w)
 	headFlushed := flushSoon(out, resp)
-	n, readErr := resp.Body.Read(buf[:])
+	n, readErr := resp.Body.Read(buf)
 	if err := headFlushed(); err != nil {
 		return nil, err
 	}
@@ -512,10 +544,16 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 		if err := out.Flush(); err != nil {
 			return said, err
 		}
-		n, readErr = resp.Body.Read(buf[:])
+		if n == len(small) { // a bulky answer
+			buf = make([]byte, 64<<10)
+		}
+		n, readErr = resp.Body.Read(buf)
 	}
 	for name, values := range resp.Trailer {
-		w.Header()[http.TrailerPrefix+name] = values
+		delete(w.Header(), name) // or the server would repeat a header of that name
+		if !hopByHop[name] {
+			w.Header()[http.TrailerPrefix+name] = values
+		}
 	}
 	return said, nil
 }
@@ -555,8 +593,6 @@ func abort(w http.ResponseWriter, r *http.Request) {
 // tunnel copies bytes both ways between the client and the upstream, after its 101, until either
 // closes or the drain ends.
 func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
-	f.tunnels.Add(1)
-	defer f.tunnels.Done()
 	upstream := resp.Body.(io.ReadWriteCloser) // as http.Response documents for a 101
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -591,28 +627,40 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	}
 }
 
-// passInterim returns a context that passes 1xx answers on to w until stop is called. 100 is a
-// matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport
-// may call from a goroutine of its own, even after it has given up the request.
-func passInterim(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
+// earlyAnswerTime is how long the failure of an upload waits for an answer that came before it.
+const earlyAnswerTime = 100 * time.Millisecond
+
+// traceAnswer returns a context that passes 1xx answers on to w until stop is called. 100 is a matter
+// between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. An upstream that answers
+// an upload early may close its connection then; the transport would prefer the failure to the
+// answer. It calls from goroutines of its own, even after it has given up the request.
+func traceAnswer(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
 	var mu sync.Mutex // protects stopped, and w from two at a time
-	stopped := !r.ProtoAtLeast(1, 1)
-	pass := func(code int, header textproto.MIMEHeader) error {
-		mu.Lock()
-		defer mu.Unlock()
-		if !stopped && code != http.StatusContinue && code != http.StatusSwitchingProtocols {
-			copyHeader(w.Header(), &http.Response{Header: http.Header(header)})
-			w.WriteHeader(code)
-			clear(w.Header())
-		}
-		return nil
+	// Where the client expects it, the server may be writing a 100 of its own.
+	stopped := !r.ProtoAtLeast(1, 1) || r.Header["Expect"] != nil
+	trace := &httptrace.ClientTrace{
+		Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if !stopped && code != http.StatusContinue && code != http.StatusSwitchingProtocols {
+				copyHeader(w.Header(), &http.Response{Header: http.Header(header)})
+				w.WriteHeader(code)
+				clear(w.Header())
+			}
+			return nil
+		},
+		WroteRequest: func(info httptrace.WroteRequestInfo) {
+			if info.Err != nil {
+				time.Sleep(earlyAnswerTime)
+			}
+		},
 	}
 	stop = func() {
 		mu.Lock()
 		defer mu.Unlock()
 		stopped = true
 	}
-	return httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: pass}), stop
+	return httptrace.WithClientTrace(r.Context(), trace), stop
 }
 
 // apiError is an answer of the proxy's own.
@@ -629,7 +677,10 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		kind = "server_error"
 	}
 	message, _ := json.Marshal(e.message)
+	body := fmt.Sprintf(`{"error":{"message":%s,"type":%q,"param":null,"code":%q}}`+"\n",
+		message, kind, e.code)
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
@@ -638,8 +689,7 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		defer dismiss(w, r)
 	}
 	w.WriteHeader(e.status)
-	fmt.Fprintf(w, `{"error":{"message":%s,"type":%q,"param":null,"code":%q}}`+"\n",
-		message, kind, e.code)
+	io.WriteString(w, body)
 }
 
 // failure says in which step a call to the upstream failed, and how.
@@ -649,14 +699,18 @@ func failure(err error) string {
 	var op *net.OpError
 	step, hint := "connection broke", ""
 	switch {
+	case errors.As(err, &op) && op.Op == "proxyconnect":
+		step, hint = "connection failed", "; hint: HTTPS_PROXY names the proxy that failed"
 	case errors.As(err, &dns):
 		step, hint = "DNS lookup failed", "; hint: check TARGET_URL's host name, and this host's DNS"
 	case errors.As(err, &certificate):
 		step, hint = "certificate not trusted", "; hint: name a file with your own CA in SSL_CERT_FILE"
 	case errors.As(err, &op) && op.Op == "dial":
 		step, hint = "connection failed", "; hint: a firewall? HTTPS_PROXY names a proxy to go through"
+	case errors.Is(err, context.DeadlineExceeded):
+		step = "no answer in time"
 	}
-	return printable(step + ": " + err.Error() + hint)
+	return printable(step + ": " + unquoted(err).Error() + hint)
 }
 
 // roleName is the role that lets an identity use the models of a resource.
@@ -678,22 +732,30 @@ func explain(resp *http.Response, said []byte, t token) string {
 func remedy(status int, said string, t token) string {
 	says := func(word string) bool { return strings.Contains(said, word) }
 	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden
+	c := t.claims()
 	switch {
+	case strings.HasPrefix(said, "<"):
+		return "a web page answered, not the service: a proxy or firewall on the way?"
 	case (status == http.StatusBadRequest || unauthorized) && says("subdomain"):
 		return "a regional endpoint takes no tokens: " +
 			"use the resource's own, https://NAME.openai.azure.com/openai/"
-	case unauthorized && says("subscription key"):
+	case unauthorized && says("missing subscription key"):
 		return "the gateway wants a key of its own, which the proxy does not send: " +
 			"let it accept the token"
-	case unauthorized && says("audience"):
-		return "the token is for " + t.claims().Audience + ", the wrong audience: " +
+	case unauthorized && says("audience") && !says(strings.ToLower(c.Audience)):
+		return "the token is for " + c.Audience + ", the wrong audience: " +
 			"set AZURE_OPENAI_SCOPE for this cloud or service"
-	case forbidden && (says("firewall") || says("private")):
+	case unauthorized && says("audience"):
+		return "the token's audience is right: check this host's clock, " +
+			"and that the identity is of the resource's tenant"
+	case forbidden && (says("firewall") || says("private") || says("network")):
 		return "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
-	case unauthorized || forbidden:
-		return "the identity with object id " + t.claims().Object + " lacks the role " + roleName +
+	case unauthorized || forbidden && says("permission"):
+		return "the identity with object id " + c.Object + " lacks the role " + roleName +
 			" on the resource (a new assignment takes minutes to work)"
+	case forbidden:
+		return "a policy or network rule of the resource, or of a gateway before it, refuses this"
 	case status == http.StatusNotFound && says("deploymentnotfound"):
 		return "there is no deployment of this name in the resource"
 	case status == http.StatusNotFound:
@@ -714,14 +776,17 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
 	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
 		what += "; apim-request-id " + resp.Header.Get("Apim-Request-Id")
 	}
-	u := req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
 	took := time.Since(start).Round(time.Millisecond)
-	log.Printf("%s %s after %v: %s", req.Method, f.redact(u), took, printable(what))
+	log.Printf("%s %s://%s%s after %v: %s", req.Method, req.URL.Scheme, req.URL.Host,
+		f.redact(req.URL.RequestURI()), took, printable(what))
 }
 
-// redact is a URL for the log: without credentials, not at all if the key is elsewhere in it, and
-// quoted if it has bytes that could forge a line or hide in it.
+// redact is a request target for the log: without credentials, not at all if the key is elsewhere in
+// it, and quoted if it has bytes that could forge a line or hide in it.
 func (f *forwarder) redact(uri string) string {
+	if !strings.HasPrefix(uri, "/") {
+		return "(no path)" // but a URL, say, that holds a password
+	}
 	path, query, found := strings.Cut(uri, "?")
 	if found {
 		path += "?" + cutCredentials(query)

@@ -309,6 +309,10 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 		{"port that is a name", "PORT", "http", zero},
 		{"port above 65535", "PORT", "65536", zero},
 		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
+		{"target with a port that does not exist", "TARGET_URL", "https://b.example:99999/openai/", aBase},
+		{"client id with a line break", "AZURE_CLIENT_ID", "1\ns3cret", "printable ASCII"},
+		{"header with a control character", "IDENTITY_HEADER", "s3cret\x01", "printable ASCII"},
+		{"IMDS with a port that does not exist", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "http://127.0.0.1:99999", "http://169.254.169.254"},
 		{"key beyond ASCII", "EXPECTED_KEY", "s3cret-ä", "printable ASCII"},
 		{"scope with a space", "AZURE_OPENAI_SCOPE", "https://a/.default https://b/.default", "https://cognitiveservices.azure.com/.default"},
 		{"IMDS without scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "169.254.169.254", "http://169.254.169.254"},
@@ -508,6 +512,7 @@ func TestListensWhereSettingsSay(t *testing.T) {
 	identity := newFakeIdentity(t)
 	upstream := newUpstream(t, http.NotFound)
 	const local, everywhere = "127.0.0.1 ::1", "127.0.0.1 127.0.0.2 ::1"
+	hasIPv6 := len((&config{}).listenHosts()) == 2
 	tests := []struct {
 		name  string
 		env   vars
@@ -526,7 +531,7 @@ func TestListensWhereSettingsSay(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if strings.Contains(tt.env["HOST"], "::1") && !hasIPv6Loopback() {
+			if strings.Contains(tt.env["HOST"], "::1") && !hasIPv6 {
 				t.Skip("no IPv6 here")
 			}
 			lines := followLog(t)
@@ -548,7 +553,7 @@ func TestListensWhereSettingsSay(t *testing.T) {
 			}
 			_, port, _ := net.SplitHostPort(p.addr)
 			for _, addr := range strings.Fields(strings.ReplaceAll(tt.addrs, "PORT", port)) {
-				if !strings.HasPrefix(addr, "[::1]") || hasIPv6Loopback() {
+				if !strings.HasPrefix(addr, "[::1]") || hasIPv6 {
 					want = append(want, addr+" ➜ "+p.cfg.target.String())
 				}
 			}
@@ -563,7 +568,7 @@ func TestListensWhereSettingsSay(t *testing.T) {
 				}
 			}
 			reach := slices.DeleteFunc(strings.Fields(tt.reach), func(host string) bool {
-				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6Loopback()
+				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6
 			})
 			if !slices.Equal(reached, reach) {
 				t.Errorf("it can be reached at %q, want %q", reached, reach)
@@ -728,6 +733,24 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 	}
 }
 
+// TestSecondSignalResetsStreamsWithoutALength: to a client of HTTP/1.0 all else would be their end.
+func TestSecondSignalResetsStreamsWithoutALength(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream, _ := heldUpstream(t, identity)
+	lines := followLog(t)
+	p := startProxy(t, identity, upstream, nil)
+	_, r := p.dial(t, "GET /stream HTTP/1.0\r\nHost: {host}\r\n\r\n")
+	if _, err := http.ReadResponse(r, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.signals <- syscall.SIGTERM
+	lines.waitFor(t, "draining 1 streams")
+	p.signals <- syscall.SIGTERM
+	if rest, err := io.ReadAll(r); err == nil {
+		t.Errorf("the cut stream ended as if it were whole, with %q", rest)
+	}
+}
+
 func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
 	fine, none := newFakeIdentity(t), newFakeIdentity(t)
 	none.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
@@ -863,7 +886,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"everything fine", target, token, reply{200, `{}`}, []string{"object id " + object, "tenant tenant-1", "client id client-1", "/openai/models?api-version=2024-10-21: answered 200"}},
 		{"everything fine, v1", target + "v1/", token, reply{200, `{}`}, []string{"ok    TCP: connected to 127.0.0.1:", "/openai/v1/models: answered 200", "audience " + cognitive}},
 		{"opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)}, reply{200, `{}`}, []string{"ok    upstream: "}},
-		{"service without a list of models", upstream.URL + "/anthropic/", token, reply{404, ""}, []string{"ok    upstream: ", "as services other than Azure OpenAI may"}},
+		{"service without a list of models", upstream.URL + "/anthropic/", token, reply{404, "\x1b[2J"}, []string{"ok    upstream: ", "as services other than Azure OpenAI may"}},
 
 		{"bad setting", "http://10.0.0.4/", token, reply{}, []string{"FAIL  settings: TARGET_URL: ", "want https"}},
 		{"no identity", target, reply{400, noIdentity}, reply{}, []string{"FAIL  token: ", "answered 400: invalid_request: Identity not found", "hint: assign a managed identity to this host"}},
@@ -872,6 +895,11 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"role missing", target, token, said(401, "PermissionDenied", "Principal does not have access to API/Operation."), []string{"FAIL  upstream: ", "object id " + object + " lacks the role Cognitive Services OpenAI User", "takes minutes", role + object + " ", `--role "Cognitive Services OpenAI User"`}},
 		{"role missing, in other words", target, token, said(401, "PermissionDenied", "The principal `"+object+"` lacks the required data action"), []string{"FAIL  upstream: ", role + object}},
 		{"role missing, to an id that is none", target, gives(cognitive, "$(touch x)"), said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
+		{"refused for another reason", target, token, said(403, "AuthenticationTypeDisabled", "Key based authentication is disabled for this resource."), []string{"FAIL  upstream: ", "a policy or network rule", "it says: AuthenticationTypeDisabled: Key based"}},
+		{"right audience", target, token, said(401, "401", "Access token is missing, invalid, audience is incorrect (https://cognitiveservices.azure.com), or have expired."), []string{"FAIL  upstream: ", "the token's audience is right: check this host's clock"}},
+		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "hint: there is no such path", "hint: the path of TARGET_URL has no openai in it"}},
+		{"a web page", target, token, reply{200, "<html>log in</html>"}, []string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
+		{"an empty answer", target, token, reply{200, ""}, []string{"FAIL  upstream: "}},
 		{"firewall", target, token, said(403, "AccessDenied", "Access denied due to Virtual Network/Firewall rules."), []string{"FAIL  upstream: ", "answered 403 Forbidden", "hint: the resource's network rules refuse this host"}},
 		{"regional endpoint", target, token, said(400, "BadRequest", "Please provide a custom subdomain for token authentication, otherwise API key is required."), []string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens", "https://NAME.openai.azure.com/openai/"}},
 		{"key-only gateway", target, token, reply{401, `{"statusCode":401,"message":"Access denied due to missing subscription key. Make sure to include subscription key when making requests to an API."}`}, []string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
@@ -895,6 +923,9 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			failed := strings.HasPrefix(tt.want[0], "FAIL")
 			if (err != nil) != failed || strings.Count(out, "FAIL") != strings.Count(tt.want[0], "FAIL") {
 				t.Errorf("got error %v, want one: %v", err, failed)
+			}
+			if strings.Contains(out, "listen: ") != (tt.target != "http://10.0.0.4/") || strings.Contains(out, "\x1b") {
+				t.Error("does not say where it would listen, or has control characters")
 			}
 			for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
 				if !strings.HasPrefix(line, "ok    ") && !strings.HasPrefix(line, "FAIL  ") && !strings.HasPrefix(line, "      ") {
@@ -1063,6 +1094,8 @@ func TestCredentialsAreCutFromTheQuery(t *testing.T) {
 		{"after a semicolon", "a=1;api-key=K&b=%20", "a=1&b=%20"},
 		{"any case", "a=1&API-Key=K", "a=1"},
 		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
+		{"name in white space", "a=1&+api-key%20=K", "a=1"},
+		{"second question mark", "?api-key=K&a=1", "a=1"},
 		{"authorization", "a&Authorization=Bearer%20K", "a"},
 		{"twice", "api-key=K&a=;&api-key=K", "a=;"},
 		{"without a value", "api-key&a=1", "a=1"},
@@ -1085,7 +1118,7 @@ func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
 		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: 1|X-Codex-Turn-State: t|" +
 		"x-ms-oai-image-generation-deployment: d|Idempotency-Key: k|traceparent: p|Range: bytes=0-1|extra-parameters: drop"
 	const kept = "Cookie: c|Origin: http://localhost|Referer: r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
-		"X-Real-Ip: i|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
+		"X-Real-Ip: i|X-Ms-Forwarded-Client-Ip: i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
 		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: p|X-Http-Method-Override: DELETE|" +
 		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: none|Upgrade: h2c|" +
 		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: named|X-Unknown: x"
@@ -1174,6 +1207,8 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 		{"CONNECT", "CONNECT elsewhere.example:443", 405},
 		{"CONNECT with a path", "CONNECT /a", 405},
 		{"TRACE", "TRACE /a", 405},
+		{"TRACE in lower case", "trace /a", 405},
+		{"TRACE of IIS", "TRACK /a", 405},
 		{"OPTIONS *", "OPTIONS *", 400},
 	}
 	p, upstream := startRecorded(t, map[string]string{"EXPECTED_KEY": "sesame"})
@@ -1293,6 +1328,8 @@ func TestAnswersPassUntouched(t *testing.T) {
 		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
 		{"until close", "GET", "HTTP/1.1 200 OK\r\n\r\nhello", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
 		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n", "Trailer: X-T\r\nTransfer-Encoding: chunked", "5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n"},
+		{"trailer with the name of a header", "GET", "HTTP/1.1 200 OK\r\nX-T: h\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-T: t\r\n\r\n", "X-T: h\r\nTrailer: X-T\r\nTransfer-Encoding: chunked", "0\r\nX-T: t\r\n\r\n"},
+		{"trailer about the connection", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nKeep-Alive: 1\r\nX-T: t\r\n\r\n", "Transfer-Encoding: chunked", "0\r\nX-T: t\r\n\r\n"},
 		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "Content-Length: 5", ""},
 		{"204", "GET", "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", "X-A: b", ""},
 		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nEtag: e\r\n\r\n", "Etag: e", ""},
@@ -1446,6 +1483,25 @@ func TestClientThatLeavesCancelsTheUpstream(t *testing.T) {
 	}
 }
 
+// TestClientMayLeaveAStream: some do after the last event, and nothing went wrong then.
+func TestClientMayLeaveAStream(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream, _ := heldUpstream(t, identity)
+	logged := captureLog(t)
+	p := startProxy(t, identity, upstream, vars{"HOST": "127.0.0.1"})
+	conn, r := p.dial(t, "GET /stream HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	if _, err := http.ReadResponse(r, nil); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	for p.forward.active.Load() > 0 {
+		runtime.Gosched()
+	}
+	if strings.Contains(logged.String(), " after ") {
+		t.Errorf("got %s, want no second line", logged)
+	}
+}
+
 func TestEarlyAnswerPassesWhileTheUploadRuns(t *testing.T) {
 	captureLog(t)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
@@ -1503,11 +1559,81 @@ func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
 	}
 }
 
-func TestMalformedBodyIsNamedAsTheCause(t *testing.T) {
+func TestMalformedBodyIsTheClientsFault(t *testing.T) {
 	p, _ := startRecorded(t, nil)
 	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
-	if resp.StatusCode != 502 || !strings.Contains(body, "invalid byte in chunk length") {
-		t.Errorf("got %d %s, want 502 and the cause", resp.StatusCode, body)
+	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") || !strings.Contains(body, "invalid byte in chunk length") {
+		t.Errorf("got %d %s, want 400 and the cause", resp.StatusCode, body)
+	}
+}
+
+// TestStreamedUploadEndsItsConnection: what follows a malformed chunk could else be taken for a
+// request, if the answer comes at the same moment.
+func TestStreamedUploadEndsItsConnection(t *testing.T) {
+	p, _ := startRecorded(t, nil)
+	for request, end := range map[string]bool{
+		"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n": true,
+		"Content-Length: 2\r\n\r\nhi":                            false,
+	} {
+		resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+request)
+		if resp.StatusCode != 200 || resp.Close != end {
+			t.Errorf("%q: got %d, Connection: close %v; want 200, %v", request, resp.StatusCode, resp.Close, end)
+		}
+	}
+}
+
+// TestEarlyAnswerOfAnUpstreamThatHangsUp has the upstream answer and close its connection, which
+// resets it, while the upload still runs.
+func TestEarlyAnswerOfAnUpstreamThatHangsUp(t *testing.T) {
+	captureLog(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 4096)) // and not the rest
+			io.WriteString(conn, "HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 5\r\n\r\nlarge")
+			conn.Close()
+		}
+	}()
+	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"TARGET_URL": "http://" + ln.Addr().String() + "/openai/"})
+	for range 5 {
+		resp, err := http.Post(p.url+"/x", "text/plain", io.LimitReader(zeros{}, 20<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != 413 || string(body) != "large" {
+			t.Errorf("got %d %s, want the upstream's 413", resp.StatusCode, body)
+		}
+	}
+}
+
+// TestInterimAnswerDoesNotMeetTheServersOwn: where the client expects a 100, the server may write it
+// at the moment at which a 103 arrives.
+func TestInterimAnswerDoesNotMeetTheServersOwn(t *testing.T) {
+	captureLog(t)
+	p := startProxy(t, newFakeIdentity(t), rawAnswer(t, "HTTP/1.1 103 Early Hints\r\nLink: l\r\n\r\n"+
+		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), nil)
+	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"+
+		"2\r\nhi\r\n0\r\n\r\n")
+	if resp.StatusCode != 200 || body != "hi" {
+		t.Errorf("got %d %s, want 200 and no 103 before it", resp.StatusCode, body)
+	}
+}
+
+func TestOwnErrorsAreSized(t *testing.T) {
+	p, _ := startRecorded(t, vars{"EXPECTED_KEY": "sesame"})
+	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n")
+	if resp.StatusCode != 401 || resp.ContentLength != int64(len(body)) || len(body) == 0 {
+		t.Errorf("got %d with length %d: %s", resp.StatusCode, resp.ContentLength, body)
 	}
 }
 
@@ -1580,6 +1706,7 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 		{"garbage", rawAnswer(t, "\x1b[31mSSH-2.0\r\n\r\n").URL, "connection broke"},
 		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unasked status 101"},
 		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unasked status 000"},
+		{"token outside of HTTP", rawAnswer(t, "Bearer token-1\r\n\r\n").URL, "what came back is not HTTP"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -1592,6 +1719,9 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 			}
 			if !strings.Contains(logged.String(), tt.want) || strings.Contains(logged.String(), "\x1b") {
 				t.Errorf("log: %s", logged)
+			}
+			if strings.Contains(body+logged.String(), "token-1") {
+				t.Errorf("the token is in the answer or the log: %s %s", body, logged)
 			}
 		})
 	}
@@ -1625,6 +1755,7 @@ func TestUpgrades(t *testing.T) {
 		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked status 101"},
 		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked status 101"},
 		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unasked status 101"},
+		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi", accepted, 502, "unasked status 101"},
 		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unasked status 101"},
 	}
 	for _, tt := range tests {

@@ -11,6 +11,7 @@ import (
 	"log"
 	"math"
 	"math/rand"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -160,10 +161,7 @@ func (s *tokenSource) renew(flight chan struct{}) {
 		s.held, s.quietUntil = t, time.Time{}
 	} else {
 		log.Printf("no new token: %s", failure.text)
-		memory := coldMemory
-		if s.held.validAt(now) {
-			memory = warmMemory
-		}
+		memory := min(warmMemory, max(coldMemory, s.held.expires.Sub(now)))
 		s.quietUntil = now.Add(max(memory, min(failure.retryAfter, maxRetryAfter)))
 	}
 	if s.held.validAt(now) {
@@ -307,7 +305,7 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 	}
 	var err error
 	s.url, err = url.Parse(raw)
-	if err != nil || s.url.Hostname() == "" || s.url.Scheme != "http" && s.url.Scheme != "https" {
+	if err != nil || !hasHost(s.url) || s.url.Scheme != "http" && s.url.Scheme != "https" {
 		return nil, fmt.Errorf("%s: not a URL with a host; want one such as http://169.254.169.254",
 			s.endpoint)
 	}
@@ -478,7 +476,7 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 	t, err := parseToken(body, sent, serverTime(resp.Header, sent))
 	if err != nil {
 		failure := s.errorf("answered with %s, not a usable token: %v",
-			resp.Header.Get("Content-Type"), err)
+			cmp.Or(resp.Header.Get("Content-Type"), "no Content-Type"), err)
 		failure.transient = err == errExpired
 		return token{}, failure
 	}
@@ -507,12 +505,22 @@ func (s *source) do(ctx context.Context, req *http.Request) (*http.Response, []b
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("no answer within %v", tryTime)
 	}
-	failure := s.errorf("gave no answer: %v", err)
+	failure := s.errorf("gave no answer: %v", unquoted(err))
 	failure.transient = true
 	if s.name == "IMDS" {
 		failure.text += "; hint: only Azure hosts have it"
 	}
 	return nil, nil, failure
+}
+
+// unquoted is the error of a round trip without the bytes of what is no HTTP answer, which net/http
+// quotes: a token may be among them.
+func unquoted(err error) error {
+	var op *net.OpError
+	if strings.Contains(err.Error(), "transport connection broken") && !errors.As(err, &op) {
+		return errors.New("what came back is not HTTP")
+	}
+	return err
 }
 
 // refusal is the error for an answer other than 200, in the endpoint's own words.
@@ -557,11 +565,11 @@ func (s *source) errorf(format string, args ...any) *tokenError {
 		}
 	}
 	text = text[:min(len(text), 500)] // only now, or the start of a secret could stay
-	text = s.name + " at " + s.url.Host + " " + strings.TrimSpace(printable(text))
+	text = s.name + " at " + s.url.Host + " " + strings.TrimSpace(text)
 	if s.clientID != "" {
 		text += " (client_id " + s.clientID + ", from " + s.clientIDFrom + ")"
 	}
-	return &tokenError{text: text}
+	return &tokenError{text: printable(text)}
 }
 
 // words is what an endpoint says about its refusal: its JSON's error and error_description, message
@@ -618,7 +626,7 @@ func serverTime(h http.Header, sent time.Time) time.Time {
 	return sent
 }
 
-var errExpired = errors.New("it has expired already")
+var errExpired = errors.New("it has expired already; is this host's clock right?")
 
 // parseToken reads a token answer that was asked for at sent, by our clock, which is base by the
 // endpoint's. It lives until expires_on or for expires_in, whichever ends earlier: IMDS counts
@@ -660,7 +668,7 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 		}
 		life = min(life, end.Sub(base))
 	}
-	if life <= 0 {
+	if life < time.Second { // which would be asked for again and again
 		return token{}, errExpired
 	}
 	refresh := life / 5 * 4

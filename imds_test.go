@@ -265,7 +265,7 @@ func TestStartUpLogNamesTheSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	newProxy(cfg).logStart(nil)
+	newProxy(cfg).logStart("8081")
 	const want = "tokens for https://cognitiveservices.azure.com/.default come from Azure ML at 127.0.0.1:9, marked by MSI_ENDPOINT and MSI_SECRET\n"
 	if got := log.String(); strings.Count(got, want) != 1 || strings.Contains(got, "s3cret") {
 		t.Errorf("got %q, want %q in it", got, want)
@@ -577,6 +577,22 @@ func TestFailureIsRememberedForAWhile(t *testing.T) {
 	}
 }
 
+// TestFailureNearExpiryIsForgottenWithTheToken: the longer memory is for as long as a token is valid.
+func TestFailureNearExpiryIsForgottenWithTheToken(t *testing.T) {
+	captureLog(t)
+	f := newFakeIdentity(t)
+	f.life = 50 * time.Minute
+	tokens, c := newTestTokens(t, f, imdsEnv)
+	tokens.want(t, "token-1")
+	f.answerWith(refuse(400, "", "no"))
+	c.advance(f.life - 2*time.Second)
+	tokens.want(t, "token-1")
+	tokens.land()
+	f.answer.Store(nil)
+	c.advance(2 * time.Second)
+	tokens.want(t, "token-3")
+}
+
 func TestClientThatLeavesCancelsNothing(t *testing.T) {
 	f := newFakeIdentity(t)
 	tokens, _ := newTestTokens(t, f, imdsEnv)
@@ -722,6 +738,7 @@ func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
 		{"one of two unreadable", `{"access_token":"LEAK","expires_on":"1772370000","expires_in":"LEAK"}`, "expires_in: not"},
 		{"expired", `{"access_token":"LEAK","expires_on":"1772366400"}`, errExpired.Error()},
 		{"no life", `{"access_token":"LEAK","expires_in":0}`, errExpired.Error()},
+		{"hardly a life", `{"access_token":"LEAK","expires_in":0.02}`, errExpired.Error()},
 		{"no token", `{"expires_in":3600,"id":"LEAK"}`, "access_token is missing"},
 		{"empty token", `{"access_token":"` + in, "access_token is missing"},
 		{"null", `null`, "access_token is missing"},
@@ -983,6 +1000,22 @@ func TestArcAnswerWithoutChallengeIsNotEchoed(t *testing.T) {
 	f.answerWith(refuse(200, "", `{"access_token":"LEAK`))
 	if _, failure := s.fetch(context.Background()); failure == nil || strings.Contains(failure.text, "LEAK") {
 		t.Errorf("got %v", failure)
+	}
+}
+
+func TestWhatIsNotHTTPIsNotEchoed(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, imdsEnv)
+	for name, text := range map[string]string{
+		"no status line": "{\"access_token\": \"LEAK\"}\r\n\r\n",
+		"no blank line":  "HTTP/1.1 200 OK\r\n{\"access_token\" \"LEAK\"}\r\n\r\n",
+		"length":         "HTTP/1.1 200 OK\r\nContent-Length: LEAK\r\n\r\n",
+		"framing":        "HTTP/1.1 200 OK\r\nTransfer-Encoding: LEAK\r\n\r\n",
+	} {
+		f.answerWith(answerRaw(text))
+		if _, failure := s.fetch(context.Background()); failure == nil || strings.Contains(failure.text, "LEAK") {
+			t.Errorf("%s: got %v", name, failure)
+		}
 	}
 }
 

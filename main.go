@@ -150,7 +150,7 @@ func loadDotEnv(file string) (bool, error) {
 		return false, fmt.Errorf("%s %w", file, err)
 	}
 	for name, value := range vars {
-		if os.Getenv(name) == "" {
+		if strings.TrimSpace(os.Getenv(name)) == "" {
 			os.Setenv(name, value)
 		}
 	}
@@ -226,12 +226,14 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		scope:  cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
 		debug:  isDebug(get),
 	}
-	if _, err := strconv.ParseUint(cfg.port, 10, 16); err != nil {
+	if !isPort(cfg.port) {
 		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
 	}
-	if !isPrintableASCII(cfg.key) {
-		return nil, errors.New("EXPECTED_KEY: has characters that a header cannot carry; " +
-			"want printable ASCII such as the output of openssl rand -hex 32")
+	for _, name := range []string{"EXPECTED_KEY", "AZURE_CLIENT_ID", "IDENTITY_HEADER", "MSI_SECRET"} {
+		if !isPrintableASCII(get(name)) {
+			return nil, fmt.Errorf("%s: has characters that a header cannot carry; want printable "+
+				"ASCII such as the output of openssl rand -hex 32", name)
+		}
 	}
 	if !isPrintableASCII(cfg.scope) || strings.Contains(cfg.scope, " ") {
 		return nil, fmt.Errorf("AZURE_OPENAI_SCOPE: want a scope such as "+
@@ -249,7 +251,7 @@ func parseTarget(raw string) (*url.URL, error) {
 	switch {
 	case raw == "":
 		return nil, errors.New("TARGET_URL: not set; " + want)
-	case err != nil || u.Scheme == "" || u.Hostname() == "" || strings.Contains(raw, " "):
+	case err != nil || u.Scheme == "" || !hasHost(u) || strings.Contains(raw, " "):
 		return nil, errors.New("TARGET_URL: not a URL with https:// and a host; " + want)
 	case u.Scheme != "https" && u.Scheme != "http":
 		return nil, fmt.Errorf("TARGET_URL: is for %s; %s", u.Scheme, want)
@@ -262,6 +264,14 @@ func parseTarget(raw string) (*url.URL, error) {
 		return nil, errors.New("TARGET_URL: has a . or .. in its path; " + want)
 	}
 	return u, nil
+}
+
+// hasHost tells whether a URL has a host and, if any, a port that exists.
+func hasHost(u *url.URL) bool { return u.Hostname() != "" && isPort(cmp.Or(u.Port(), "0")) }
+
+func isPort(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 16)
+	return err == nil
 }
 
 // isLoopback tells whether a host without a port is localhost or a loopback literal, exactly.
@@ -287,19 +297,24 @@ func defaultScope(host string) string {
 	return "https://cognitiveservices.azure.com/.default"
 }
 
-// listen opens the listening sockets: HOST if that is set, every interface if clients need a key,
-// else both loopback addresses, as localhost may mean either.
-func listen(cfg *config) ([]net.Listener, error) {
-	hosts := []string{cfg.host}
-	if cfg.host == "" && cfg.key == "" {
-		hosts = []string{"127.0.0.1"}
-		if hasIPv6Loopback() {
-			hosts = append(hosts, "::1")
-		}
+// listenHosts are where to listen: at HOST if that is set, on every interface if clients need a key,
+// else on both loopback addresses, as localhost may mean either.
+func (c *config) listenHosts() []string {
+	if c.host != "" || c.key != "" {
+		return []string{c.host}
 	}
+	addrs, _ := net.InterfaceAddrs()
+	if slices.ContainsFunc(addrs, func(a net.Addr) bool { return a.String() == "::1/128" }) {
+		return []string{"127.0.0.1", "::1"}
+	}
+	return []string{"127.0.0.1"}
+}
+
+// listen opens the listening sockets.
+func listen(cfg *config) ([]net.Listener, error) {
 	var listeners []net.Listener
 	port := cfg.port
-	for _, host := range hosts {
+	for _, host := range cfg.listenHosts() {
 		network := "tcp"
 		if net.ParseIP(host).To4() != nil {
 			network = "tcp4" // or 0.0.0.0 would be every IPv6 address, too
@@ -313,11 +328,6 @@ func listen(cfg *config) ([]net.Listener, error) {
 		_, port, _ = net.SplitHostPort(ln.Addr().String()) // PORT=0: the same one for both
 	}
 	return listeners, nil
-}
-
-func hasIPv6Loopback() bool {
-	addrs, _ := net.InterfaceAddrs()
-	return slices.ContainsFunc(addrs, func(addr net.Addr) bool { return addr.String() == "::1/128" })
 }
 
 // drainTime is how long running streams may go on after SIGTERM.
@@ -380,7 +390,8 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
 		BaseContext:                  func(net.Listener) context.Context { return ctx },
 	}
-	p.logStart(listeners)
+	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
+	p.logStart(port)
 	go p.tokens.token(ctx) // both so that the first request need not wait
 	p.forward.warm()       // before there is another connection that its request could go out on
 	failed := make(chan error, len(listeners))
@@ -393,7 +404,7 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 	case <-signals:
 	}
 
-	// Drain. What still runs when ctx ends, a tunnel too, ends with it.
+	// Drain. What still runs when ctx ends, a tunnel too, is broken off then.
 	p.draining.Store(true)
 	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
 		p.forward.active.Load(), drainTime)
@@ -402,28 +413,31 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 		<-signals
 		cancel()
 	}()
-	srv.Shutdown(ctx)        // which knows nothing of tunnels
-	p.forward.tunnels.Wait() // which may run for as long
-	srv.Close()
+	srv.Shutdown(ctx)
+	time.AfterFunc(lingerTime, func() { srv.Close() }) // on clients that don't read what is left
+	for p.forward.active.Load() > 0 {                  // tunnels, of which Shutdown knows nothing
+		time.Sleep(10 * time.Millisecond)
+	}
 	log.Print("stopped")
 	return nil
 }
 
 // logStart says where the proxy listens, who may use it and as whom.
-func (p *proxy) logStart(listeners []net.Listener) {
+func (p *proxy) logStart(port string) {
 	cfg := p.cfg
 	if !strings.Contains(cfg.target.Path, "openai") {
-		log.Printf("warning: the path of TARGET_URL has no openai in it, which is right for Foundry's " +
-			"/anthropic/ and /models/ or a gateway's own path only")
+		log.Print("warning: " + noOpenAI)
 	}
-	for _, ln := range listeners {
-		addr := strings.TrimPrefix(ln.Addr().String(), "[::]") // every interface
-		log.Printf("proxy listening on %s ➜ %s", addr, cfg.target)
+	for _, host := range cfg.listenHosts() {
+		log.Printf("proxy listening on %s ➜ %s", net.JoinHostPort(host, port), cfg.target)
 	}
 	log.Printf("tokens for %s come from %s at %s, %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
 		cfg.source.why())
 	log.Print(cfg.whoMayUseIt())
 }
+
+const noOpenAI = "the path of TARGET_URL has no openai in it, which is right for Foundry's " +
+	"/anthropic/ and /models/ or a gateway's own path only"
 
 // whoMayUseIt says who can speak with the identity through the proxy.
 func (c *config) whoMayUseIt() string {
@@ -453,12 +467,12 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("settings", err.Error())
 	}
 	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
-	ok("port "+cfg.port, "%s", cfg.whoMayUseIt())
+	for _, host := range cfg.listenHosts() {
+		ok("listen", "on %s; %s", net.JoinHostPort(host, cfg.port), cfg.whoMayUseIt())
+	}
 	ok("identity", "%s at %s, %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
 
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	t, tokenErr := cfg.source.fetch(ctx)
+	t, tokenErr := cfg.source.fetch(context.Background()) // for fetchTime at most
 	if tokenErr != nil {
 		return fail("token", tokenErr.text)
 	}
@@ -470,16 +484,25 @@ func check(getenv func(string) string, out io.Writer) error {
 	if !strings.Contains(u.Path, "/v1/") { // which has no versions
 		u.RawQuery = "api-version=2024-10-21"
 	}
+	trace := &httptrace.ClientTrace{
+		DNSDone: func(info httptrace.DNSDoneInfo) {
+			if info.Err == nil {
+				ok("DNS", "%v", info.Addrs)
+			}
+		},
+		GotConn: func(info httptrace.GotConnInfo) {
+			ok("TCP", "connected to %s", info.Conn.RemoteAddr())
+			if conn, isTLS := info.Conn.(*tls.Conn); isTLS {
+				state := conn.ConnectionState()
+				ok("TLS", "%s, certificate of %s",
+					tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
+			}
+		},
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
 	header := http.Header{"Authorization": {t.authorization}}
 	req := &http.Request{Method: http.MethodGet, URL: u, Header: header}
-	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
-		ok("TCP", "connected to %s", info.Conn.RemoteAddr())
-		if conn, isTLS := info.Conn.(*tls.Conn); isTLS {
-			state := conn.ConnectionState()
-			ok("TLS", "%s, certificate of %s",
-				tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
-		}
-	}}
 	req = req.WithContext(httptrace.WithClientTrace(ctx, trace))
 	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req)
 	if err != nil {
@@ -488,15 +511,22 @@ func check(getenv func(string) string, out io.Writer) error {
 	defer resp.Body.Close()
 	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid))
 	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
+	otherService := strings.Contains(u.Path, "/anthropic/") || strings.HasPrefix(u.Path, "/models/")
 	switch {
-	case resp.StatusCode == http.StatusOK:
+	case resp.StatusCode == http.StatusOK && strings.HasPrefix(string(said), "{"):
 		ok("upstream", "%s", answered)
 		return nil
-	case resp.StatusCode == http.StatusNotFound && !strings.Contains(u.Path, "openai"):
+	case resp.StatusCode == http.StatusNotFound && otherService:
 		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
 		return nil
 	}
+	if !strings.Contains(u.Path, "openai") {
+		answered += "; hint: " + noOpenAI
+	}
 	err = fail("upstream", answered)
+	if text := strings.ReplaceAll(words(said), t.authorization, ""); text != "" {
+		fmt.Fprintf(out, "      it says: %.300s\n", printable(text))
+	}
 	safe := consistsOf(c.Object, letters+digits+"-") // in a shell
 	if safe && strings.Contains(answered, roleName) {
 		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
