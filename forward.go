@@ -65,10 +65,6 @@ func fields(names string) map[string]bool {
 	return set
 }
 
-// unforwardedMethods are CONNECT, whose target is a host, and those whose answer repeats the request
-// with the token in it; IIS has a name of its own for that.
-var unforwardedMethods = []string{http.MethodConnect, http.MethodTrace, "TRACK"}
-
 // keyProtocol precedes the key among the subprotocols that openai-node offers on a WebSocket.
 const keyProtocol = "openai-insecure-api-key."
 
@@ -182,7 +178,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ctx, stopTrace := traceAnswer(w, r)
 	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
 	stopTrace()
-	if err == nil && resp.StatusCode < 200 && !(upgrade && isSwitch(resp)) {
+	switched := upgrade && err == nil && resp.StatusCode == http.StatusSwitchingProtocols &&
+		strings.EqualFold(resp.Header.Get("Upgrade"), "websocket")
+	if err == nil && resp.StatusCode < 200 && !switched {
 		resp.Body.Close()
 		err = fmt.Errorf("unasked status %s", resp.Status)
 	}
@@ -204,7 +202,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 
 	// Copy the answer.
-	if resp.StatusCode == http.StatusSwitchingProtocols {
+	if switched {
 		f.tunnel(w, r, resp)
 		return
 	}
@@ -232,7 +230,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // check decides whether the request may go upstream, and says why not.
 func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	switch method := strings.ToUpper(r.Method); {
-	case slices.Contains(unforwardedMethods, method):
+	// The answer to TRACE, or TRACK as IIS has it, would repeat the token.
+	case method == http.MethodConnect, method == http.MethodTrace, method == "TRACK":
 		return &apiError{http.StatusMethodNotAllowed, "method_not_allowed",
 			r.Method + " is not forwarded"}
 	case !strings.HasPrefix(r.RequestURI, "/"):
@@ -453,11 +452,6 @@ func isWebSocket(r *http.Request) bool {
 		slices.ContainsFunc(listed(r.Header["Connection"]), func(t string) bool {
 			return strings.EqualFold(t, "upgrade")
 		})
-}
-
-func isSwitch(resp *http.Response) bool {
-	return resp.StatusCode == http.StatusSwitchingProtocols &&
-		strings.EqualFold(resp.Header.Get("Upgrade"), "websocket")
 }
 
 // listed are the items of a header that holds comma-separated lists.
