@@ -86,15 +86,17 @@ type forwarder struct {
 	key       string   // what clients must present; empty for nothing
 	tokens    *tokenSource
 	transport *http.Transport
-	active    atomic.Int64 // requests and tunnels under way
+	bodyTime  time.Duration // for a small body to arrive
+	active    atomic.Int64  // requests and tunnels under way
 }
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &forwarder{
-		target: cfg.target,
-		key:    cfg.key,
-		tokens: tokens,
+		target:   cfg.target,
+		key:      cfg.key,
+		tokens:   tokens,
+		bodyTime: time.Minute,
 		transport: &http.Transport{
 			Proxy:               http.ProxyFromEnvironment,
 			DialContext:         dialer.DialContext,
@@ -151,11 +153,14 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	// Build the upstream request. A small body is read for it, so that no token is fetched for a
 	// request that never comes.
+	client := http.NewResponseController(w)
+	client.SetReadDeadline(start.Add(f.bodyTime))
 	req, err := f.upstreamRequest(r, upgrade)
 	if err != nil {
-		log.Printf("%s left before its request was complete: %v", r.RemoteAddr, err)
+		log.Printf("the request of %s stayed incomplete: %v", r.RemoteAddr, err)
 		panic(http.ErrAbortHandler)
 	}
+	client.SetReadDeadline(time.Time{})
 
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
@@ -174,7 +179,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	// Send it. Full duplex lets an answer pass while the upload still runs; without it the server
 	// would take the body away from the transport then, and cut the answer (golang/go#40747).
-	http.NewResponseController(w).EnableFullDuplex()
+	client.EnableFullDuplex()
 	ctx, stopTrace := traceAnswer(w, r)
 	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
 	stopTrace()

@@ -1460,6 +1460,22 @@ func TestCutAnswerCutsTheClient(t *testing.T) {
 	}
 }
 
+func TestCutAnswerCutsAClientThatIsStillSending(t *testing.T) {
+	captureLog(t)
+	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart"))
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
+		_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(resp.Body); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%q: got %v, want the connection cut", framing, err)
+		}
+	}
+}
+
 func TestClientThatLeavesCancelsTheUpstream(t *testing.T) {
 	for _, name := range []string{"waiting for the head", "in the body"} {
 		t.Run(name, func(t *testing.T) {
@@ -1556,6 +1572,26 @@ func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
 		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%q: the connection stays open", request)
 		}
+	}
+}
+
+func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
+	p, upstream := startRecorded(t, nil)
+	p.forward.bodyTime = 50 * time.Millisecond
+	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
+	if got, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) || len(got) > 0 || len(upstream.seen) > 0 {
+		t.Errorf("got %q, %v and %d requests upstream; want the connection closed", got, err, len(upstream.seen))
+	}
+	// The limit is the body's only: the connection may then be idle for longer.
+	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi")
+	for range 2 {
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, resp.Body)
+		<-time.After(2 * p.forward.bodyTime)
+		io.WriteString(conn, "GET /x HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
 	}
 }
 

@@ -206,7 +206,7 @@ type source struct {
 	clientIDFrom string   // "AZURE_CLIENT_ID"
 	resource     string   // "https://cognitiveservices.azure.com": the scope less its /.default
 	keyDir       string   // where Azure Arc's agent puts the keys of its challenges
-	proof        string   // the key or token last read from a file, to be kept out of errors
+	proof        string   // key or token that the fetch under way read from a file; not for errors
 	transport    http.RoundTripper
 	now          func() time.Time
 	sleep        func(context.Context, time.Duration)
@@ -224,11 +224,11 @@ var sources = []source{
 	{name: "App Service", // and Functions, Container Apps, Automation
 		marks:    "IDENTITY_ENDPOINT and IDENTITY_HEADER",
 		endpoint: "IDENTITY_ENDPOINT", secret: "IDENTITY_HEADER", header: "X-IDENTITY-HEADER",
-		version: "2019-08-01", idParam: "client_id", request: (*source).get},
+		version: "2019-08-01", idParam: "client_id", request: (*source).newGet},
 	{name: "Azure ML", // which has App Service's protocol of 2017
 		marks:    "MSI_ENDPOINT and MSI_SECRET",
 		endpoint: "MSI_ENDPOINT", secret: "MSI_SECRET", header: "Secret",
-		version: "2017-09-01", idParam: "clientid", request: (*source).get},
+		version: "2017-09-01", idParam: "clientid", request: (*source).newGet},
 	{name: "Cloud Shell",
 		marks: "MSI_ENDPOINT", endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
 	{name: "Azure Arc", // a service may lack the variables, if it started before the agent
@@ -240,7 +240,7 @@ var sources = []source{
 	{name: "IMDS", // of virtual machines, AKS nodes and Container Instances
 		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254",
 		path:    "/metadata/identity/oauth2/token",
-		version: "2018-02-01", idParam: "client_id", request: (*source).get},
+		version: "2018-02-01", idParam: "client_id", request: (*source).newGet},
 }
 
 // halves are variables that mean nothing unless another, or one of two others, is set too.
@@ -346,9 +346,9 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// get makes the GET that most endpoints want; a query in the endpoint's own URL is kept. The
+// newGet makes the GET that most endpoints want; a query in the endpoint's own URL is kept. The
 // Metadata header shows that no redirect or web page made this request.
-func (s *source) get(context.Context) (*http.Request, *tokenError) {
+func (s *source) newGet(context.Context) (*http.Request, *tokenError) {
 	u := *s.url
 	q := u.Query()
 	q.Set("api-version", s.version)
@@ -364,7 +364,7 @@ func (s *source) get(context.Context) (*http.Request, *tokenError) {
 	return req, nil
 }
 
-func (s *source) post(form url.Values) *http.Request {
+func (s *source) newPost(form url.Values) *http.Request {
 	// The error would be about the URL, which has been parsed before.
 	req, _ := http.NewRequest(http.MethodPost, s.url.String(), strings.NewReader(form.Encode()))
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
@@ -372,7 +372,7 @@ func (s *source) post(form url.Values) *http.Request {
 }
 
 func (s *source) cloudShell(context.Context) (*http.Request, *tokenError) {
-	req := s.post(url.Values{"resource": {s.resource}})
+	req := s.newPost(url.Values{"resource": {s.resource}})
 	req.Header.Set("Metadata", "true")
 	return req, nil
 }
@@ -385,7 +385,7 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
 	}
 	s.proof = strings.TrimSpace(string(assertion))
-	return s.post(url.Values{
+	return s.newPost(url.Values{
 		"client_id":             {s.clientID},
 		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
 		"grant_type":            {"client_credentials"},
@@ -397,7 +397,7 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 // arc answers the challenge of Azure Arc's agent: to show the content of a file that only root and
 // the group himds can read ("Authenticate against Azure resources with Azure Arc-enabled servers").
 func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
-	req, _ := s.get(ctx)
+	req, _ := s.newGet(ctx)
 	resp, body, failure := s.do(ctx, req)
 	if failure != nil {
 		return nil, failure
