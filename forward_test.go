@@ -1462,7 +1462,7 @@ func TestCutAnswerCutsTheClient(t *testing.T) {
 
 func TestCutAnswerCutsAClientThatIsStillSending(t *testing.T) {
 	captureLog(t)
-	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart"))
+	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n"))
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
 	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
 		_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
