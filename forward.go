@@ -40,8 +40,8 @@ var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
 // keptPrefixes are exceptions: App Service's sign-in puts the user's own tokens into the first two,
-// clients may put further credentials into the next two, and front ends tell of the client's network
-// and URL in the others.
+// clients may put further credentials into the next two, and front ends tell of the client's
+// network and URL in the others.
 var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Authorization " +
 	"X-Openai-Api-Key X-Ms-Forwarded- X-Ms-Privatelink- X-Ms-Containerapp- X-Ms-Original-Url")
 
@@ -626,13 +626,13 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	}
 }
 
-// earlyAnswerTime is how long the failure of an upload waits for an answer that came before it.
+// earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an
+// upstream that answers early may hang up then, and the transport prefers a failure to an answer.
 const earlyAnswerTime = 100 * time.Millisecond
 
-// traceAnswer returns a context that passes 1xx answers on to w until stop is called. 100 is a matter
-// between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. An upstream that answers
-// an upload early may close its connection then; the transport would prefer the failure to the
-// answer. It calls from goroutines of its own, even after it has given up the request.
+// traceAnswer returns a context that passes 1xx answers on to w until stop is called. 100 is a
+// matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport
+// calls from goroutines of its own, even after it has given up the request.
 func traceAnswer(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
 	var mu sync.Mutex // protects stopped, and w from two at a time
 	// Where the client expects it, the server may be writing a 100 of its own.
@@ -780,8 +780,8 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
 		f.redact(req.URL.RequestURI()), took, printable(what))
 }
 
-// redact is a request target for the log: without credentials, not at all if the key is elsewhere in
-// it, and quoted if it has bytes that could forge a line or hide in it.
+// redact is a request target for the log: without credentials, not at all if the key is elsewhere
+// in it, and quoted if it has bytes that could forge a line or hide in it.
 func (f *forwarder) redact(uri string) string {
 	if !strings.HasPrefix(uri, "/") {
 		return "(no path)" // but a URL, say, that holds a password

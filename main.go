@@ -467,12 +467,16 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("settings", err.Error())
 	}
 	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
+	var addrs []string
 	for _, host := range cfg.listenHosts() {
-		ok("listen", "on %s; %s", net.JoinHostPort(host, cfg.port), cfg.whoMayUseIt())
+		addrs = append(addrs, net.JoinHostPort(host, cfg.port))
 	}
+	ok("listen", "on %s; %s", strings.Join(addrs, " and "), cfg.whoMayUseIt())
 	ok("identity", "%s at %s, %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
 
-	t, tokenErr := cfg.source.fetch(context.Background()) // for fetchTime at most
+	ctx, cancel := context.WithTimeout(context.Background(), fetchTime)
+	defer cancel()
+	t, tokenErr := cfg.source.fetch(ctx)
 	if tokenErr != nil {
 		return fail("token", tokenErr.text)
 	}
@@ -499,7 +503,7 @@ func check(getenv func(string) string, out io.Writer) error {
 			}
 		},
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel = context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	header := http.Header{"Authorization": {t.authorization}}
 	req := &http.Request{Method: http.MethodGet, URL: u, Header: header}
@@ -524,7 +528,8 @@ func check(getenv func(string) string, out io.Writer) error {
 		answered += "; hint: " + noOpenAI
 	}
 	err = fail("upstream", answered)
-	if text := strings.ReplaceAll(words(said), t.authorization, ""); text != "" {
+	secret := strings.TrimPrefix(t.authorization, "Bearer ")
+	if text := strings.ReplaceAll(words(said), secret, "REDACTED"); text != "" {
 		fmt.Fprintf(out, "      it says: %.300s\n", printable(text))
 	}
 	safe := consistsOf(c.Object, letters+digits+"-") // in a shell
