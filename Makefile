@@ -20,7 +20,7 @@ build:
 
 # The same commit gives the same bytes in any folder and on any machine: all else that they depend on
 # is set here, and Go fetches the toolchain named if it is another. A clone without tags differs.
-release: export GOTOOLCHAIN = go1.26.8
+release: export GOTOOLCHAIN = go1.27.4
 release: export GOFLAGS = -trimpath -buildvcs=true
 release: export CGO_ENABLED = 0
 release: export GOAMD64 = v1

@@ -544,7 +544,7 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 			return said, err
 		}
 		if n == len(small) { // a bulky answer
-			buf = make([]byte, 64<<10)
+			buf = make([]byte, 32<<10)
 		}
 		n, readErr = resp.Body.Read(buf)
 	}
