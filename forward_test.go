@@ -2211,8 +2211,9 @@ func (a *fakeAzure) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var request struct {
-		Model  string
-		Stream bool
+		Model    string
+		Stream   bool
+		Encoding string `json:"encoding_format"`
 	}
 	body, _ := io.ReadAll(r.Body)
 	json.Unmarshal(body, &request)
@@ -2222,8 +2223,12 @@ func (a *fakeAzure) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "/responses":
 		a.responses(w, request.Model, request.Stream)
 	case "/embeddings":
+		embedding := `[0.5,-0.25,0.125]`
+		if request.Encoding == "base64" { // as the SDKs ask for: 32-bit floats, little-endian
+			embedding = `"AAAAPwAAgL4AAAA+"`
+		}
 		writeJSON(w, 200, `{"object":"list","model":"text-embedding-3-small","data":[{"object":"embedding","index":0,`+
-			`"embedding":[0.1,-0.2,0.3]}],"usage":{"prompt_tokens":3,"total_tokens":3}}`)
+			`"embedding":`+embedding+`}],"usage":{"prompt_tokens":3,"total_tokens":3}}`)
 	case "/models":
 		writeJSON(w, 200, `{"object":"list","data":[{"id":"gpt-4o","object":"model","created":1715367049,"owned_by":"azure"},`+
 			`{"id":"gpt-5-codex","object":"model","created":1757527818,"owned_by":"azure"}],"models":[]}`)
