@@ -39,23 +39,24 @@ var forwardedHeaders = fields(`
 var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
-// keptPrefixes are exceptions: App Service's sign-in puts the user's own tokens into the first two,
-// clients may put further credentials into the next two, and front ends tell of the client's
-// network and URL in the others.
-var keptPrefixes = strings.Fields("X-Ms-Token- X-Ms-Client-Principal X-Ms-Authorization " +
-	"X-Openai-Api-Key X-Ms-Forwarded- X-Ms-Privatelink- X-Ms-Containerapp- X-Ms-Original-Url")
+// keptWords make exceptions of the names that they are in: App Service's sign-in puts the user's own
+// tokens into the first two, clients may put credentials into the next two, and front ends tell of
+// the client's network and URL in the others.
+var keptWords = strings.Fields("Ms-Token- Client-Principal Authorization Api-Key " +
+	"Forwarded- Privatelink- Containerapp- Original-Url")
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and so does Sec-WebSocket-Protocol
 // less the key that may be in it.
 var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Extensions")
 
-// hopByHop headers are about one connection and go no further (RFC 9110 §7.6.1).
+// hopByHop are the answer's headers about one connection, which go no further (RFC 9110 §7.6.1).
 var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
 	Proxy-Authenticate Proxy-Authorization`)
 
-// credentialParams are the query parameters that carry a key, in lower case: that of Azure, that of
-// older openai-node for a browser's WebSocket, and that of API Management.
-var credentialParams = fields("api-key x-api-key authorization subscription-key")
+// credentialParams are the query parameters that carry a key or token, in lower case: those of Azure
+// and its look-alikes, of older openai-node, of RFC 6750 §2.3 and of API Management.
+var credentialParams = fields(`api-key x-api-key api_key authorization access_token
+	subscription-key ocp-apim-subscription-key`)
 
 func fields(names string) map[string]bool {
 	set := make(map[string]bool)
@@ -87,7 +88,7 @@ type forwarder struct {
 	tokens    *tokenSource
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
-	active    atomic.Int64  // requests and tunnels under way
+	active    atomic.Int64  // requests and tunnels under way, "streams" in the log
 }
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
@@ -98,10 +99,11 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 		tokens:   tokens,
 		bodyTime: time.Minute,
 		transport: &http.Transport{
-			Proxy:               http.ProxyFromEnvironment,
-			DialContext:         dialer.DialContext,
-			TLSHandshakeTimeout: 10 * time.Second,
-			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			Proxy:                  http.ProxyFromEnvironment,
+			OnProxyConnectResponse: refusedByProxy,
+			DialContext:            dialer.DialContext,
+			TLSHandshakeTimeout:    10 * time.Second,
+			TLSClientConfig:        &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
 			// HTTP/1.1 only: a stream per connection, none of which can stop the others.
 			TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{},
 			MaxIdleConns:           0, // no limit but the next
@@ -116,9 +118,19 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	}
 }
 
+// refusedByProxy is the error for what HTTPS_PROXY answers to CONNECT; the transport's own would not
+// say that it was the proxy who refused.
+func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	return &net.OpError{Op: "proxyconnect", Net: "tcp", Err: errors.New(resp.Status)}
+}
+
 // warm begins to open the first connection to the upstream, so that the first request need not wait
 // for it. It gives up its own request as soon as the transport dials: since Go 1.23 the transport
-// dials on and keeps the connection for the next request. Nothing is sent but the TLS handshake.
+// dials on and keeps the connection for the next request, before that warm has no effect. Nothing is
+// sent but what opens the connection.
 func (f *forwarder) warm() {
 	ctx, cancel := context.WithCancel(context.Background())
 	givenUp := make(chan struct{})
@@ -154,11 +166,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Build the upstream request. A small body is read for it, so that no token is fetched for a
 	// request that never comes.
 	client := http.NewResponseController(w)
-	client.SetReadDeadline(start.Add(f.bodyTime))
+	client.SetReadDeadline(start.Add(f.bodyTime)) // for this reading, not for a longer body's
 	req, err := f.upstreamRequest(r, upgrade)
 	if err != nil {
-		log.Printf("the request of %s stayed incomplete: %v", r.RemoteAddr, err)
-		panic(http.ErrAbortHandler)
+		e := &apiError{http.StatusRequestTimeout, "incomplete_body", "the request's body is incomplete"}
+		log.Printf("answered %d to %s: %s: %v", e.status, r.RemoteAddr, e.message, err)
+		e.write(w, r)
+		return
 	}
 	client.SetReadDeadline(time.Time{})
 
@@ -307,7 +321,7 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 func hasDotSegment(path string) bool {
 	for range 8 {
 		segments := strings.FieldsFunc(path, func(r rune) bool {
-			return strings.ContainsRune(`/\;?#`, r) // each ends a segment to some servers
+			return r <= ' ' || strings.ContainsRune(`/\;?#`, r) // each ends a segment to some servers
 		})
 		if slices.Contains(segments, ".") || slices.Contains(segments, "..") {
 			return true
@@ -444,8 +458,9 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 
 func isForwarded(name string) bool {
 	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
+	hasWord := func(word string) bool { return strings.Contains(name, word) }
 	return forwardedHeaders[name] || slices.ContainsFunc(forwardedPrefixes, hasPrefix) &&
-		!slices.ContainsFunc(keptPrefixes, hasPrefix)
+		!slices.ContainsFunc(keptWords, hasWord)
 }
 
 // isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
@@ -543,7 +558,7 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 		if err := out.Flush(); err != nil {
 			return said, err
 		}
-		if n == len(small) { // a bulky answer
+		if n == len(buf) && n == len(small) { // a bulky answer
 			buf = make([]byte, 32<<10)
 		}
 		n, readErr = resp.Body.Read(buf)
@@ -703,7 +718,8 @@ func failure(err error) string {
 	case errors.As(err, &dns):
 		step, hint = "DNS lookup failed", "; hint: check TARGET_URL's host name, and this host's DNS"
 	case errors.As(err, &certificate):
-		step, hint = "certificate not trusted", "; hint: name a file with your own CA in SSL_CERT_FILE"
+		step, hint = "certificate not trusted", "; hint: name a file with your own CA in SSL_CERT_FILE, "+
+			"unless its dates or names are wrong"
 	case errors.As(err, &op) && op.Op == "dial":
 		step, hint = "connection failed", "; hint: a firewall? HTTPS_PROXY names a proxy to go through"
 	case errors.Is(err, context.DeadlineExceeded):

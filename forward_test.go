@@ -69,6 +69,14 @@ type testProxy struct {
 // as IMDS, unless env says otherwise.
 func startProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server, env map[string]string) *testProxy {
 	t.Helper()
+	p := newTestProxy(t, identity, upstream, env)
+	p.start(t)
+	return p
+}
+
+// newTestProxy is startProxy up to the start.
+func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server, env map[string]string) *testProxy {
+	t.Helper()
 	settings := map[string]string{
 		"TARGET_URL":                        upstream.URL + "/openai/",
 		"PORT":                              "0",
@@ -81,21 +89,26 @@ func startProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server,
 	if err != nil {
 		t.Fatal(err)
 	}
-	listeners, err := listen(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
 	p := &testProxy{
 		proxy:   newProxy(cfg),
 		signals: make(chan os.Signal, 2),
 		stopped: make(chan struct{}),
 	}
-	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
-	p.addr = net.JoinHostPort("127.0.0.1", port)
-	p.url = "http://" + p.addr
 	if upstream.TLS != nil {
 		p.forward.transport.TLSClientConfig.RootCAs = upstream.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 	}
+	return p
+}
+
+func (p *testProxy) start(t testing.TB) {
+	t.Helper()
+	listeners, err := listen(p.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
+	p.addr = net.JoinHostPort("127.0.0.1", port)
+	p.url = "http://" + p.addr
 	go func() {
 		defer close(p.stopped)
 		if err := p.serve(listeners, p.signals); err != nil {
@@ -108,7 +121,6 @@ func startProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server,
 		<-p.stopped
 		p.forward.transport.CloseIdleConnections()
 	})
-	return p
 }
 
 // newUpstream is an Azure OpenAI resource on a loopback address.
@@ -751,6 +763,70 @@ func TestSecondSignalResetsStreamsWithoutALength(t *testing.T) {
 	}
 }
 
+// TestDrainEndsWhatRunsTooLong: streams, tunnels, and a client that reads nothing of its answer.
+func TestDrainEndsWhatRunsTooLong(t *testing.T) {
+	captureLog(t)
+	identity := newFakeIdentity(t)
+	held, _ := heldUpstream(t, identity)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/openai/bulk" {
+			io.Copy(w, io.LimitReader(zeros{}, 64<<20))
+			return
+		}
+		held.Config.Handler.ServeHTTP(w, r)
+	})
+	p := startProxy(t, identity, upstream, nil)
+	p.drainTime = 50 * time.Millisecond
+	stream := openStream(t, p.url)
+	_, echo := openTunnel(t, p.addr)
+	_, bulk := p.dial(t, "GET /bulk HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	if _, err := http.ReadResponse(bulk, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.signals <- syscall.SIGTERM
+	select {
+	case <-p.stopped:
+	case <-time.After(safetyNet):
+		t.Fatal("still draining")
+	}
+	if rest, err := io.ReadAll(stream); err == nil {
+		t.Errorf("the stream ended as if it were whole, with %q", rest)
+	}
+	if err := echo(); err == nil {
+		t.Error("the tunnel is still open")
+	}
+}
+
+func TestHalfAHeadIsNotWaitedFor(t *testing.T) {
+	captureLog(t)
+	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil), nil)
+	p.server.ReadHeaderTimeout, p.server.IdleTimeout = p.server.ReadHeaderTimeout/300, p.server.IdleTimeout/2400 // 50 ms each
+	p.start(t)
+	for _, sent := range []string{"", "GET /healthz HTT", "GET /healthz HTTP/1.1\r\nHost: {host}\r\n", "GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"} {
+		_, r := p.dial(t, sent)
+		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("after %q the connection stays open", sent)
+		}
+	}
+}
+
+// TestTokenIsHadBeforeTheFirstRequest: it is fetched at the start.
+func TestTokenIsHadBeforeTheFirstRequest(t *testing.T) {
+	captureLog(t)
+	asked := make(chan bool, 1)
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, tokenAnswer("token-1", time.Hour))
+		asked <- true
+	})
+	startProxy(t, identity, newUpstream(t, nil), nil)
+	select {
+	case <-asked:
+	case <-time.After(safetyNet):
+		t.Error("the identity endpoint was not asked")
+	}
+}
+
 func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
 	fine, none := newFakeIdentity(t), newFakeIdentity(t)
 	none.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
@@ -859,6 +935,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		return reply{status, fmt.Sprintf(`{"error":{"code":%q,"message":%q}}`, code, message)}
 	}
 	token := gives(cognitive, object)
+	long := jwt(cognitive, strings.Repeat("0", 3000))
 	const role = "az role assignment create --assignee-object-id "
 
 	untrusted := httptest.NewUnstartedServer(http.NotFoundHandler())
@@ -897,6 +974,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"role missing, to an id that is none", target, gives(cognitive, "$(touch x)"), said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
 		{"refused for another reason", target, token, said(403, "AuthenticationTypeDisabled", "Key based authentication is disabled for this resource."), []string{"FAIL  upstream: ", "a policy or network rule", "it says: AuthenticationTypeDisabled: Key based"}},
 		{"right audience", target, token, said(401, "401", "Access token is missing, invalid, audience is incorrect (https://cognitiveservices.azure.com), or have expired."), []string{"FAIL  upstream: ", "the token's audience is right: check this host's clock"}},
+		{"token echoed", target, reply{200, tokenAnswer(long, time.Hour)}, said(500, "500", "not this one: "+long), []string{"FAIL  upstream: ", "it says: 500: not this one: REDACTED"}},
 		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "hint: there is no such path", "hint: the path of TARGET_URL has no openai in it"}},
 		{"a web page", target, token, reply{200, "<html>log in</html>"}, []string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
 		{"an empty answer", target, token, reply{200, ""}, []string{"FAIL  upstream: "}},
@@ -1096,6 +1174,7 @@ func TestCredentialsAreCutFromTheQuery(t *testing.T) {
 		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
 		{"name in white space", "a=1&+api-key%20=K", "a=1"},
 		{"second question mark", "?api-key=K&a=1", "a=1"},
+		{"of other services", "api_key=K&access_token=K&Ocp-Apim-Subscription-Key=K&a=1", "a=1"},
 		{"authorization", "a&Authorization=Bearer%20K", "a"},
 		{"twice", "api-key=K&a=;&api-key=K", "a=;"},
 		{"without a value", "api-key&a=1", "a=1"},
@@ -1118,7 +1197,7 @@ func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
 		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: 1|X-Codex-Turn-State: t|" +
 		"x-ms-oai-image-generation-deployment: d|Idempotency-Key: k|traceparent: p|Range: bytes=0-1|extra-parameters: drop"
 	const kept = "Cookie: c|Origin: http://localhost|Referer: r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
-		"X-Real-Ip: i|X-Ms-Forwarded-Client-Ip: i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
+		"X-Real-Ip: i|X-Ms-Forwarded-Client-Ip: i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: k|Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
 		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: p|X-Http-Method-Override: DELETE|" +
 		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: none|Upgrade: h2c|" +
 		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: named|X-Unknown: x"
@@ -1196,6 +1275,9 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 		{"escaped dots", "GET /%2e%2E/metadata", 400},
 		{"escaped slash", "GET /..%2fmetadata", 400},
 		{"back-slash", "GET /..\\metadata", 400},
+		{"dots before a space", "GET /..%20/metadata", 400},
+		{"dots before a NUL", "GET /..%00/metadata", 400},
+		{"dots around a tab", "GET /.%09./metadata", 400},
 		{"escaped back-slash", "GET /a/..%5C..%5cmetadata", 400},
 		{"escaped twice", "GET /%252e%252e/metadata", 400},
 		{"escaped digit by digit", "GET /%25%32%65%25%32%65/metadata", 400},
@@ -1337,7 +1419,7 @@ func TestAnswersPassUntouched(t *testing.T) {
 		{"529", "GET", "HTTP/1.1 529 status code 529\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
 		{"redirect", "POST", "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: https://elsewhere.example/\r\n\r\n", "Content-Length: 0\r\nLocation: https://elsewhere.example/", ""},
 		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4", "\x1f\x8b\x08\x00"},
-		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 0\r\nX-End: e\r\n\r\n", "Content-Length: 0\r\nX-End: e", ""},
+		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\nX-End: e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
 		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b", ""},
 		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no", ""},
 		{"event stream with a choice", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\nX-Accel-Buffering: yes\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: yes", ""},
@@ -1579,8 +1661,9 @@ func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
 	p, upstream := startRecorded(t, nil)
 	p.forward.bodyTime = 50 * time.Millisecond
 	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
-	if got, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) || len(got) > 0 || len(upstream.seen) > 0 {
-		t.Errorf("got %q, %v and %d requests upstream; want the connection closed", got, err, len(upstream.seen))
+	got, err := io.ReadAll(r)
+	if !strings.HasPrefix(string(got), "HTTP/1.1 408 ") || errors.Is(err, os.ErrDeadlineExceeded) || len(upstream.seen) > 0 {
+		t.Errorf("got %q, %v and %d requests upstream; want 408 and the connection closed", got, err, len(upstream.seen))
 	}
 	// The limit is the body's only: the connection may then be idle for longer.
 	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi")
@@ -1590,7 +1673,7 @@ func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
 			t.Fatal(err)
 		}
 		io.Copy(io.Discard, resp.Body)
-		<-time.After(2 * p.forward.bodyTime)
+		<-time.After(2 * p.forward.bodyTime) // a deadline left behind would have passed
 		io.WriteString(conn, "GET /x HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
 	}
 }
@@ -2013,6 +2096,75 @@ func TestFirstConnectionIsHadBeforeTheFirstRequest(t *testing.T) {
 	}
 }
 
+// TestParallelRequestsKeepTheirConnections: HTTP/1.1 ones, as many as there are requests at a time.
+func TestParallelRequestsKeepTheirConnections(t *testing.T) {
+	captureLog(t)
+	const clients = 32
+	var dialed, other atomic.Int64
+	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor != 1 {
+			other.Add(1)
+		}
+	}))
+	upstream.EnableHTTP2 = true
+	upstream.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			dialed.Add(1)
+		}
+	}
+	upstream.StartTLS()
+	t.Cleanup(upstream.Close)
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	var all sync.WaitGroup
+	for range clients {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			for range 32 {
+				if resp, err := http.Get(p.url + "/x"); err != nil || resp.StatusCode != 200 {
+					t.Errorf("got %v, %v", resp, err)
+				} else {
+					resp.Body.Close()
+				}
+			}
+		}()
+	}
+	all.Wait()
+	if other.Load() > 0 || dialed.Load() > 2*clients { // some dials lose against a connection that came free
+		t.Errorf("%d requests not of HTTP/1.1, %d connections for %d clients", other.Load(), dialed.Load(), clients)
+	}
+}
+
+// TestProxyThatRefusesIsNamed has HTTPS_PROXY refuse the connection to the upstream.
+func TestProxyThatRefusesIsNamed(t *testing.T) {
+	captureLog(t)
+	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"TARGET_URL": "https://localhost/openai/"})
+	refusing, err := url.Parse(rawAnswer(t, "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n").URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.forward.transport.Proxy = http.ProxyURL(refusing)
+	p.start(t)
+	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	if resp.StatusCode != 502 || !strings.Contains(body, "connection failed: proxyconnect tcp: 407") || !strings.Contains(body, "hint: HTTPS_PROXY") {
+		t.Errorf("got %d %s, want 502 that names the proxy", resp.StatusCode, body)
+	}
+}
+
+// TestSmallBodiesCanBeSentAgain: the transport does so over a new connection if an idle one was dead,
+// which cannot be provoked for sure.
+func TestSmallBodiesCanBeSentAgain(t *testing.T) {
+	f := &forwarder{target: &url.URL{Scheme: "https", Host: "a.example", Path: "/"}}
+	for size, again := range map[int64]bool{1: true, smallBody: true, smallBody + 1: false, -1: false} {
+		r := httptest.NewRequest("POST", "/x", io.LimitReader(zeros{}, smallBody+1))
+		r.ContentLength = size
+		req, err := f.upstreamRequest(r, false)
+		if err != nil || (req.GetBody != nil) != again || req.ContentLength != size {
+			t.Errorf("length %d: can be sent again: %v, length %d, %v; want %v", size, req.GetBody != nil, req.ContentLength, err, again)
+		}
+	}
+}
+
 func FuzzPath(f *testing.F) {
 	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x", "/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai"} {
 		f.Add(target)
@@ -2059,6 +2211,7 @@ func FuzzPath(f *testing.F) {
 
 func FuzzRequestHeader(f *testing.F) {
 	f.Add("Cookie", "c", "close")
+	f.Add("OpenAI-Api-Key", "k", "close")
 	f.Add("X-MS-TOKEN-AAD-ID-TOKEN", "t", "x-ms-client-request-id")
 	f.Add("Sec-WebSocket-Protocol", "a,OpenAI-insecure-api-key.K, b", "upgrade")
 	f.Fuzz(func(t *testing.T, name, value, connection string) {

@@ -186,7 +186,7 @@ func (s *tokenSource) rejected(t token) {
 	}
 }
 
-// source is one place that tokens come from, with one identity.
+// source is an identity endpoint, with one identity: where a tokenSource fetches from.
 type source struct {
 	name     string // "IMDS"; the fields from here to request are a row of sources
 	marks    string // variables that are all set where it is: "MSI_ENDPOINT and MSI_SECRET"
@@ -306,8 +306,8 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 	var err error
 	s.url, err = url.Parse(raw)
 	if err != nil || !hasHost(s.url) || s.url.Scheme != "http" && s.url.Scheme != "https" {
-		return nil, fmt.Errorf("%s: not a URL with a host; want one such as http://169.254.169.254",
-			s.endpoint)
+		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s",
+			s.endpoint, cmp.Or(s.fallback, "http://127.0.0.1:41964/msi/token"))
 	}
 	if s.name == "workload identity" && s.url.Scheme == "http" && !isLoopback(s.url.Hostname()) {
 		return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
@@ -440,14 +440,14 @@ func readKey(challenge, dir string) (string, error) {
 
 // fetch gets a token, trying again while the endpoint's answers are such that it may help.
 func (s *source) fetch(ctx context.Context) (token, *tokenError) {
-	left := fetchTime
+	left := fetchTime // for pauses: one that does not fit, a long Retry-After, is not begun
 	for pause := firstPause; ; pause *= 2 {
 		t, failure := s.try(ctx)
 		if failure == nil || !failure.transient {
 			return t, failure
 		}
 		jittered := time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
-		wait := cmp.Or(failure.retryAfter, jittered)
+		wait := max(failure.retryAfter, jittered)
 		if left -= wait; left < 0 {
 			return t, failure
 		}

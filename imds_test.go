@@ -795,6 +795,7 @@ func TestRetriesWhatMayPassAndNothingElse(t *testing.T) {
 		{"endless header", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\nA: " + strings.Repeat("a", maxAnswer)), "0.8 s, 1.6 s"},
 		{"expired", imdsEnv, refuse(200, "", `{"access_token":"LEAK","expires_on":"1"}`), "0.8 s, 1.6 s"},
 		{"Retry-After", appServiceEnv, refuse(429, "3", ""), "3s 3s"},
+		{"Retry-After of no time", appServiceEnv, refuse(503, "0.0001", ""), "0.8 s, 1.6 s"},
 		{"Retry-After a date", appServiceEnv, refuse(503, "Sun, 01 Mar 2026 12:00:04 GMT", ""), "4s 4s"},
 		{"more than is left", imdsEnv, refuse(503, "12", ""), "12s, then none"},
 		{"more than a fetch", imdsEnv, refuse(503, "23", ""), "none"},

@@ -10,7 +10,8 @@
 //
 // It is set up by environment variables, or by a .env file in the working directory for those
 // that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no process
-// and speaks to two places only: the identity endpoint and TARGET_URL's host.
+// and speaks to two places only, by way of DNS and HTTPS_PROXY: the identity endpoint and
+// TARGET_URL's host.
 //
 // main.go is configuration, start and stop; imds.go is how a token is had and kept; forward.go is
 // how a request goes to the upstream and its answer comes back.
@@ -65,13 +66,14 @@ AZURE_POD_IDENTITY_AUTHORITY_HOST
 AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
 `
 
-// tlsDefaults are today's defaults of crypto/tls and crypto/x509. The line "go 1.22" in go.mod
-// lets Go 1.22 build the program, but makes a newer toolchain fall back to the defaults of 2024,
-// which offer 3DES and SHA-1, accept 1024-bit RSA and leave out post-quantum key exchange.
+// tlsDefaults are today's defaults of TLS and certificates. The line "go 1.22" in go.mod lets Go 1.22
+// build the program, but makes a newer toolchain fall back to the defaults of 2024, which offer 3DES
+// and SHA-1, accept 1024-bit RSA and leave out post-quantum key exchange.
 const tlsDefaults = "tls3des=0,tlssha1=0,tlsmlkem=1,tlssecpmlkem=1,rsa1024min=1," +
 	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1,x509sslcertoverrideplatform=1"
 
-// init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins.
+// init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins; in a
+// .env it comes too late.
 func init() {
 	os.Setenv("GODEBUG", strings.TrimSuffix(tlsDefaults+","+os.Getenv("GODEBUG"), ","))
 }
@@ -107,6 +109,9 @@ func run(args []string, stdout io.Writer) error {
 		return err
 	}
 	if *checkOnly {
+		if fromFile {
+			fmt.Fprintln(stdout, "ok    .env: read for what the environment leaves out")
+		}
 		return check(os.Getenv, stdout)
 	}
 	cfg, err := loadConfig(os.Getenv)
@@ -231,8 +236,8 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	}
 	for _, name := range []string{"EXPECTED_KEY", "AZURE_CLIENT_ID", "IDENTITY_HEADER", "MSI_SECRET"} {
 		if !isPrintableASCII(get(name)) {
-			return nil, fmt.Errorf("%s: has characters that a header cannot carry; want printable "+
-				"ASCII such as the output of openssl rand -hex 32", name)
+			return nil, fmt.Errorf("%s: has characters that a header cannot carry; want printable ASCII",
+				name)
 		}
 	}
 	if !isPrintableASCII(cfg.scope) || strings.Contains(cfg.scope, " ") {
@@ -258,7 +263,7 @@ func parseTarget(raw string) (*url.URL, error) {
 	case u.Scheme == "http" && !isLoopback(u.Hostname()):
 		return nil, fmt.Errorf("TARGET_URL: http://%s would send the token over a network in the clear; "+
 			"want https, or http for localhost only", u.Host)
-	case u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
 		return nil, errors.New("TARGET_URL: has a user name, a query or a fragment; " + want)
 	case hasDotSegment(u.EscapedPath()):
 		return nil, errors.New("TARGET_URL: has a . or .. in its path; " + want)
@@ -303,7 +308,7 @@ func (c *config) listenHosts() []string {
 	if c.host != "" || c.key != "" {
 		return []string{c.host}
 	}
-	addrs, _ := net.InterfaceAddrs()
+	addrs, _ := net.InterfaceAddrs() // without them, IPv4 alone
 	if slices.ContainsFunc(addrs, func(a net.Addr) bool { return a.String() == "::1/128" }) {
 		return []string{"127.0.0.1", "::1"}
 	}
@@ -330,28 +335,42 @@ func listen(cfg *config) ([]net.Listener, error) {
 	return listeners, nil
 }
 
-// drainTime is how long running streams may go on after SIGTERM.
-const drainTime = 10 * time.Minute
-
 // proxy is the running program.
 type proxy struct {
-	cfg      *config
-	tokens   *tokenSource
-	forward  *forwarder
-	draining atomic.Bool
+	cfg       *config
+	tokens    *tokenSource
+	forward   *forwarder
+	server    *http.Server
+	drainTime time.Duration // for running streams, after SIGTERM
+	draining  atomic.Bool   // since then; /readyz says so
 }
 
 func newProxy(cfg *config) *proxy {
 	tokens := &tokenSource{fetch: cfg.source.fetch, now: time.Now}
-	return &proxy{cfg: cfg, tokens: tokens, forward: newForwarder(cfg, tokens)}
+	p := &proxy{
+		cfg:       cfg,
+		tokens:    tokens,
+		forward:   newForwarder(cfg, tokens),
+		drainTime: 10 * time.Minute,
+	}
+	p.server = &http.Server{
+		Handler:                      p,
+		DisableGeneralOptionsHandler: true,             // OPTIONS * is not answered for the upstream
+		ReadHeaderTimeout:            15 * time.Second, // bounds clients that dribble or say nothing
+		ReadTimeout:                  0,                // an upload may take its time
+		WriteTimeout:                 0,                // so may a model
+		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
+		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
+	}
+	return p
 }
 
 // ServeHTTP has every route: the probes, which are answered here and need no key, and all else,
 // which goes to the upstream.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	probe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
-	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	if !probe || !reads || r.ContentLength != 0 || r.URL.Host != "" {
+	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
+	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
+	if !isProbe || !isRead || r.ContentLength != 0 || r.URL.Host != "" { // odd ones are refused there
 		p.forward.ServeHTTP(w, r)
 		return
 	}
@@ -380,23 +399,14 @@ func (p *proxy) ready(ctx context.Context) error {
 func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	srv := &http.Server{
-		Handler:                      p,
-		DisableGeneralOptionsHandler: true,             // OPTIONS * is not answered for the upstream
-		ReadHeaderTimeout:            15 * time.Second, // bounds clients that dribble or say nothing
-		ReadTimeout:                  0,                // an upload may take its time
-		WriteTimeout:                 0,                // so may a model
-		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
-		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
-		BaseContext:                  func(net.Listener) context.Context { return ctx },
-	}
+	p.server.BaseContext = func(net.Listener) context.Context { return ctx }
 	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
 	p.logStart(port)
 	go p.tokens.token(ctx) // both so that the first request need not wait
 	p.forward.warm()       // before there is another connection that its request could go out on
 	failed := make(chan error, len(listeners))
 	for _, ln := range listeners {
-		go func() { failed <- srv.Serve(ln) }()
+		go func() { failed <- p.server.Serve(ln) }()
 	}
 	select {
 	case err := <-failed:
@@ -407,15 +417,15 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 	// Drain. What still runs when ctx ends, a tunnel too, is broken off then.
 	p.draining.Store(true)
 	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
-		p.forward.active.Load(), drainTime)
-	time.AfterFunc(drainTime, cancel)
+		p.forward.active.Load(), p.drainTime)
+	time.AfterFunc(p.drainTime, cancel)
 	go func() {
 		<-signals
 		cancel()
 	}()
-	srv.Shutdown(ctx)
-	time.AfterFunc(lingerTime, func() { srv.Close() }) // on clients that don't read what is left
-	for p.forward.active.Load() > 0 {                  // tunnels, of which Shutdown knows nothing
+	p.server.Shutdown(ctx)
+	time.AfterFunc(lingerTime, func() { p.server.Close() }) // on clients that don't read what is left
+	for p.forward.active.Load() > 0 {                       // tunnels, of which Shutdown knows nothing
 		time.Sleep(10 * time.Millisecond)
 	}
 	log.Print("stopped")
@@ -444,9 +454,11 @@ func (c *config) whoMayUseIt() string {
 	switch {
 	case c.key != "":
 		return "EXPECTED_KEY is set: whoever has the key may use this host's identity"
-	case c.host == "" || isLoopback(c.host):
+	case c.host == "":
 		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity; " +
 			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one"
+	case isLoopback(c.host):
+		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity"
 	}
 	return "warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity"
 }
@@ -505,7 +517,7 @@ func check(getenv func(string) string, out io.Writer) error {
 	}
 	ctx, cancel = context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	header := http.Header{"Authorization": {t.authorization}}
+	header := http.Header{"Authorization": {t.authorization}, "User-Agent": {"aoai-proxy"}}
 	req := &http.Request{Method: http.MethodGet, URL: u, Header: header}
 	req = req.WithContext(httptrace.WithClientTrace(ctx, trace))
 	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req)
@@ -513,7 +525,7 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("upstream", "no answer from "+u.Host+": "+failure(err))
 	}
 	defer resp.Body.Close()
-	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid))
+	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer)) // more than a token, to redact it
 	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
 	otherService := strings.Contains(u.Path, "/anthropic/") || strings.HasPrefix(u.Path, "/models/")
 	switch {
@@ -532,9 +544,10 @@ func check(getenv func(string) string, out io.Writer) error {
 	if text := strings.ReplaceAll(words(said), secret, "REDACTED"); text != "" {
 		fmt.Fprintf(out, "      it says: %.300s\n", printable(text))
 	}
-	safe := consistsOf(c.Object, letters+digits+"-") // in a shell
+	name, _, _ := strings.Cut(u.Host, ".")
+	safe := consistsOf(c.Object+name, letters+digits+"-") // in a shell
 	if safe && strings.Contains(answered, roleName) {
-		fmt.Fprintf(out, roleCommand, c.Object, roleName, strings.Split(u.Host, ".")[0])
+		fmt.Fprintf(out, roleCommand, c.Object, roleName, name)
 	}
 	return err
 }
