@@ -226,11 +226,14 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	copyHeader(w.Header(), resp)
-	_, streamed := req.Body.(upload)
+	body, streamed := req.Body.(*upload)
 	if streamed { // some of it may be yet to come
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
+	if !r.ProtoAtLeast(1, 1) {
+		defer context.AfterFunc(r.Context(), func() { reset(r) })()
+	}
 	said, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
 		f.logProblem(r, req, resp, start, explain(resp, said, t))
@@ -242,6 +245,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		abort(w, r)
 	}
 	if streamed {
+		body.stopped.Store(true)
 		dismiss(w, r)
 	}
 }
@@ -382,18 +386,24 @@ func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Reques
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
 		req.Body, _ = req.GetBody()
 	default:
-		req.Body = upload{r.Body}
+		req.Body = &upload{Reader: r.Body}
 	}
 	return req, nil
 }
 
 // upload is a request body that is streamed. The server closes it.
-type upload struct{ io.Reader }
+type upload struct {
+	io.Reader
+	stopped atomic.Bool // the answer is over: no more goes upstream
+}
 
 // uploadError is a failure to read the client's body, to be told from the upstream's failures.
 type uploadError struct{ error }
 
-func (u upload) Read(p []byte) (int, error) {
+func (u *upload) Read(p []byte) (int, error) {
+	if u.stopped.Load() {
+		return 0, uploadError{errors.New("answered already")}
+	}
 	n, err := u.Reader.Read(p)
 	if err != nil && err != io.EOF {
 		err = uploadError{err}
@@ -401,14 +411,16 @@ func (u upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (u upload) Close() error { return nil }
+func (u *upload) Close() error { return nil }
 
 // dismiss ends a request the rest of whose body, if there is one, nobody wants. Left to itself the
-// server would wait for it as long as it takes, or take it for the next request (golang/go#68560).
+// server would wait for it as long as it takes, reset the connection under a client that has yet to
+// read the answer, or take it for the next request (golang/go#68560).
 func dismiss(w http.ResponseWriter, r *http.Request) {
 	out := http.NewResponseController(w)
 	out.Flush()
 	out.SetReadDeadline(time.Now().Add(lingerTime))
+	io.Copy(io.Discard, r.Body)
 	r.Body.Close()
 }
 
@@ -590,18 +602,25 @@ func flushSoon(out *http.ResponseController, resp *http.Response) (done func() e
 	}
 }
 
-// abort breaks the client's connection, so that it doesn't take a part for the whole. To a client
-// of HTTP/1.0, without a length, only a reset says so.
+// abort breaks the client's connection, so that it doesn't take a part for the whole.
 func abort(w http.ResponseWriter, r *http.Request) {
-	if !r.ProtoAtLeast(1, 1) {
-		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
-			if tcp, ok := conn.(*net.TCPConn); ok {
-				tcp.SetLinger(0)
-			}
-			conn.Close()
-		}
-	}
+	reset(r)
+	// Or the server would first wait for the rest of the request.
+	http.NewResponseController(w).SetReadDeadline(time.Now())
+	r.Body.Close()
 	panic(http.ErrAbortHandler)
+}
+
+// connKey is the key of a request's context under which the server puts the client's connection.
+type connKey struct{}
+
+// reset ends the connection of an HTTP/1.0 client. Where an answer has no length, all but a reset
+// would tell it that it has the whole.
+func reset(r *http.Request) {
+	if conn, ok := r.Context().Value(connKey{}).(*net.TCPConn); ok && !r.ProtoAtLeast(1, 1) {
+		conn.SetLinger(0)
+		conn.Close()
+	}
 }
 
 // tunnel copies bytes both ways between the client and the upstream, after its 101, until either

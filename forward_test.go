@@ -745,21 +745,36 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 	}
 }
 
-// TestSecondSignalResetsStreamsWithoutALength: to a client of HTTP/1.0 all else would be their end.
+// TestSecondSignalResetsStreamsWithoutALength: to a client of HTTP/1.0 all else would be their end,
+// also if it is behind in its reading.
 func TestSecondSignalResetsStreamsWithoutALength(t *testing.T) {
-	identity := newFakeIdentity(t)
-	upstream, _ := heldUpstream(t, identity)
-	lines := followLog(t)
-	p := startProxy(t, identity, upstream, nil)
-	_, r := p.dial(t, "GET /stream HTTP/1.0\r\nHost: {host}\r\n\r\n")
-	if _, err := http.ReadResponse(r, nil); err != nil {
-		t.Fatal(err)
-	}
-	p.signals <- syscall.SIGTERM
-	lines.waitFor(t, "draining 1 streams")
-	p.signals <- syscall.SIGTERM
-	if rest, err := io.ReadAll(r); err == nil {
-		t.Errorf("the cut stream ended as if it were whole, with %q", rest)
+	for _, name := range []string{"waiting", "behind"} {
+		t.Run(name, func(t *testing.T) {
+			full := make(chan bool)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				w.(http.Flusher).Flush()
+				if name == "behind" { // all buffers up to the client are full when a write waits for long
+					http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Second / 2))
+					io.Copy(w, zeros{})
+				}
+				close(full)
+				<-r.Context().Done()
+			})
+			lines := followLog(t)
+			p := startProxy(t, newFakeIdentity(t), upstream, nil)
+			_, r := p.dial(t, "GET /stream HTTP/1.0\r\nHost: {host}\r\n\r\n")
+			if _, err := http.ReadResponse(r, nil); err != nil {
+				t.Fatal(err)
+			}
+			<-full
+			p.signals <- syscall.SIGTERM
+			lines.waitFor(t, "draining 1 streams")
+			p.signals <- syscall.SIGTERM
+			<-p.stopped
+			if n, err := io.Copy(io.Discard, r); err == nil {
+				t.Errorf("the cut stream ended as if it were whole, after %d bytes", n)
+			}
+		})
 	}
 }
 
@@ -1546,8 +1561,10 @@ func TestCutAnswerCutsAClientThatIsStillSending(t *testing.T) {
 	captureLog(t)
 	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n"))
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
+	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+		fmt.Sprintf("Content-Length: %d\r\n\r\n%s", smallBody+9, strings.Repeat("x", smallBody))} {
 		_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
+		framing = framing[:30]
 		resp, err := http.ReadResponse(r, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -1716,9 +1733,11 @@ func TestEarlyAnswerOfAnUpstreamThatHangsUp(t *testing.T) {
 			if err != nil {
 				return
 			}
-			conn.Read(make([]byte, 4096)) // and not the rest
-			io.WriteString(conn, "HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 5\r\n\r\nlarge")
-			conn.Close()
+			go func() { // as there is an idle connection from the start
+				conn.Read(make([]byte, 4096)) // and not the rest
+				io.WriteString(conn, "HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 5\r\n\r\nlarge")
+				conn.Close()
+			}()
 		}
 	}()
 	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"TARGET_URL": "http://" + ln.Addr().String() + "/openai/"})
@@ -1745,6 +1764,32 @@ func TestInterimAnswerDoesNotMeetTheServersOwn(t *testing.T) {
 		"2\r\nhi\r\n0\r\n\r\n")
 	if resp.StatusCode != 200 || body != "hi" {
 		t.Errorf("got %d %s, want 200 and no 103 before it", resp.StatusCode, body)
+	}
+}
+
+// TestRefusalReachesAClientThatKeepsSending, although it expects a 100. Up to Go 1.26 the server would
+// reset its connection, and this client prefers the failure of its upload to an answer.
+func TestRefusalReachesAClientThatKeepsSending(t *testing.T) {
+	captureLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		w.Header().Set("Connection", "close") // or the next request could meet its end
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "sesame"})
+	for key, status := range map[string]int{"wrong": 401, "sesame": 413} {
+		for range 10 {
+			req, _ := http.NewRequest("POST", p.url+"/x", bytes.NewReader(make([]byte, 4<<20)))
+			req.Header.Set("api-key", key)
+			req.Header.Set("Expect", "100-continue")
+			resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+			if err != nil {
+				t.Fatalf("key %s: %v", key, err)
+			}
+			if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != status {
+				t.Errorf("key %s: got %d %s %v, want %d", key, resp.StatusCode, body, err, status)
+			}
+		}
 	}
 }
 

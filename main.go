@@ -361,6 +361,9 @@ func newProxy(cfg *config) *proxy {
 		WriteTimeout:                 0,                // so may a model
 		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
 		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
+		ConnContext: func(ctx context.Context, client net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, client) // for reset
+		},
 	}
 	return p
 }
