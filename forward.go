@@ -72,8 +72,7 @@ const keyProtocol = "openai-insecure-api-key."
 // maxSaid is how much of a refusal, in bytes, is looked at to explain it in the log.
 const maxSaid = 2048
 
-// lingerTime is how long a client that is still sending may go on after the last byte for it, as to
-// close the connection under it would lose what it has yet to read.
+// lingerTime is how long a client that is still sending may go on after the last byte for it.
 const lingerTime = time.Second
 
 // smallBody is the longest request body, in bytes, that is read before it is sent: it then goes out
@@ -245,8 +244,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		abort(w, r)
 	}
 	if streamed {
-		body.stopped.Store(true)
-		dismiss(w, r)
+		body.end(client)
 	}
 }
 
@@ -413,15 +411,14 @@ func (u *upload) Read(p []byte) (int, error) {
 
 func (u *upload) Close() error { return nil }
 
-// dismiss ends a request the rest of whose body, if there is one, nobody wants. Left to itself the
-// server would wait for it as long as it takes, reset the connection under a client that has yet to
-// read the answer, or take it for the next request (golang/go#68560).
-func dismiss(w http.ResponseWriter, r *http.Request) {
-	out := http.NewResponseController(w)
-	out.Flush()
-	out.SetReadDeadline(time.Now().Add(lingerTime))
-	io.Copy(io.Discard, r.Body)
-	r.Body.Close()
+// end stops the upload after its answer, and waits for what the client still sends. Left to itself
+// the server would wait for as long as that takes, reset the connection under a client that has yet
+// to read the answer, or take the rest of a body for the next request (golang/go#68560).
+func (u *upload) end(client *http.ResponseController) {
+	u.stopped.Store(true)
+	client.Flush()
+	client.SetReadDeadline(time.Now().Add(lingerTime))
+	io.Copy(io.Discard, u.Reader)
 }
 
 // upstreamPath puts base, TARGET_URL's path, before path, less what they share: many clients add
@@ -654,10 +651,7 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 		upstream.Close()
 	}()
 	io.Copy(client, upstream)
-	if tcp, ok := client.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
-		tcp.SetReadDeadline(time.Now().Add(lingerTime))
-		io.Copy(io.Discard, tcp)
-	}
+	linger(client)
 }
 
 // earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an
@@ -714,15 +708,34 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		message, kind, e.code)
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	if r.ContentLength != 0 {
+		w.Header().Set("Connection", "close")
+	}
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
-	if r.ContentLength != 0 {
-		w.Header().Set("Connection", "close")
-		defer dismiss(w, r)
-	}
 	w.WriteHeader(e.status)
 	io.WriteString(w, body)
+	if r.ContentLength == 0 {
+		return
+	}
+
+	// Nobody wants the body; the server would read it, or reset the connection of whoever sends it.
+	out := http.NewResponseController(w)
+	out.Flush()
+	if client, _, err := out.Hijack(); err == nil {
+		linger(client)
+		client.Close()
+	}
+}
+
+// linger ends what is for the client, and waits until it has ended, too: to close the connection
+// under a client that is still sending would lose what it has yet to read.
+func linger(client net.Conn) {
+	if tcp, ok := client.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
+		tcp.SetReadDeadline(time.Now().Add(lingerTime))
+		io.Copy(io.Discard, tcp)
+	}
 }
 
 // failure says in which step a call to the upstream failed, and how.

@@ -1413,8 +1413,8 @@ func TestBrokenUploadNeverCompletes(t *testing.T) {
 		conn, r := p.dial(t, request)
 		conn.(*net.TCPConn).CloseWrite()
 		io.Copy(io.Discard, r) // until the proxy has given up
-		if n := p.forward.active.Load(); n != 0 {
-			t.Errorf("%d requests left", n)
+		for p.forward.active.Load() > 0 { // it ends a little later
+			runtime.Gosched()
 		}
 	}
 }
