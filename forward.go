@@ -39,9 +39,9 @@ var forwardedHeaders = fields(`
 var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
-// keptWords make exceptions of the names that they are in: App Service's sign-in puts the user's own
-// tokens into the first two, clients may put credentials into the next two, and front ends tell of
-// the client's network and URL in the others.
+// keptWords make exceptions of the names that they are in: App Service's sign-in puts the user's
+// own tokens into the first two, clients may put credentials into the next two, and front ends tell
+// of the client's network and URL in the others.
 var keptWords = strings.Fields("Ms-Token- Client-Principal Authorization Api-Key " +
 	"Forwarded- Privatelink- Containerapp- Original-Url")
 
@@ -53,8 +53,8 @@ var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Webso
 var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
 	Proxy-Authenticate Proxy-Authorization`)
 
-// credentialParams are the query parameters that carry a key or token, in lower case: those of Azure
-// and its look-alikes, of older openai-node, of RFC 6750 §2.3 and of API Management.
+// credentialParams are the query parameters that carry a key or token, in lower case: those of
+// Azure and its look-alikes, of older openai-node, of RFC 6750 §2.3 and of API Management.
 var credentialParams = fields(`api-key x-api-key api_key authorization access_token
 	subscription-key ocp-apim-subscription-key`)
 
@@ -117,8 +117,8 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	}
 }
 
-// refusedByProxy is the error for what HTTPS_PROXY answers to CONNECT; the transport's own would not
-// say that it was the proxy who refused.
+// refusedByProxy is the error for what HTTPS_PROXY answers to CONNECT; the transport's own would
+// not say that it was the proxy who refused.
 func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
@@ -128,8 +128,8 @@ func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, resp *http.R
 
 // warm begins to open the first connection to the upstream, so that the first request need not wait
 // for it. It gives up its own request as soon as the transport dials: since Go 1.23 the transport
-// dials on and keeps the connection for the next request, before that warm has no effect. Nothing is
-// sent but what opens the connection.
+// dials on and keeps the connection for the next request; before that, warm has no effect. Nothing
+// is sent but what opens the connection.
 func (f *forwarder) warm() {
 	ctx, cancel := context.WithCancel(context.Background())
 	givenUp := make(chan struct{})
