@@ -1412,7 +1412,7 @@ func TestBrokenUploadNeverCompletes(t *testing.T) {
 		p := startProxy(t, newFakeIdentity(t), upstream, nil)
 		conn, r := p.dial(t, request)
 		conn.(*net.TCPConn).CloseWrite()
-		io.Copy(io.Discard, r) // until the proxy has given up
+		io.Copy(io.Discard, r)            // until the proxy has given up
 		for p.forward.active.Load() > 0 { // it ends a little later
 			runtime.Gosched()
 		}
