@@ -656,7 +656,7 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 
 // earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an
 // upstream that answers early may hang up then, and the transport prefers a failure to an answer.
-const earlyAnswerTime = 100 * time.Millisecond
+const earlyAnswerTime = 250 * time.Millisecond
 
 // traceAnswer returns a context that passes 1xx answers on to w until stop is called. 100 is a
 // matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport
