@@ -39,11 +39,11 @@ var forwardedHeaders = fields(`
 var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
-// keptWords make exceptions of the names that they are in: App Service's sign-in puts the user's
-// own tokens into the first two, clients may put credentials into the next two, and front ends tell
-// of the client's network and URL in the others.
-var keptWords = strings.Fields("Ms-Token- Client-Principal Authorization Api-Key " +
-	"Forwarded- Privatelink- Containerapp- Original-Url")
+// keptWords make exceptions of the names that they are in, in lower case: App Service's sign-in puts
+// the user's own tokens into the first two, clients may put credentials into the next three, and
+// front ends tell of the client's network and URL in the others.
+var keptWords = strings.Fields("ms-token- client-principal authorization api-key cookie " +
+	"forwarded- privatelink- containerapp- original-url")
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and so does Sec-WebSocket-Protocol
 // less the key that may be in it.
@@ -467,7 +467,7 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 
 func isForwarded(name string) bool {
 	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
-	hasWord := func(word string) bool { return strings.Contains(name, word) }
+	hasWord := func(word string) bool { return strings.Contains(strings.ToLower(name), word) }
 	return forwardedHeaders[name] || slices.ContainsFunc(forwardedPrefixes, hasPrefix) &&
 		!slices.ContainsFunc(keptWords, hasWord)
 }

@@ -2257,6 +2257,7 @@ func FuzzPath(f *testing.F) {
 func FuzzRequestHeader(f *testing.F) {
 	f.Add("Cookie", "c", "close")
 	f.Add("OpenAI-Api-Key", "k", "close")
+	f.Add("OpenAI-0Api-Key", "k", "close")
 	f.Add("X-MS-TOKEN-AAD-ID-TOKEN", "t", "x-ms-client-request-id")
 	f.Add("Sec-WebSocket-Protocol", "a,OpenAI-insecure-api-key.K, b", "upgrade")
 	f.Fuzz(func(t *testing.T, name, value, connection string) {
