@@ -456,7 +456,7 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 		out["Connection"] = []string{"Upgrade"}
 		out["Upgrade"] = []string{"websocket"}
 		protocols := slices.DeleteFunc(listed(in["Sec-Websocket-Protocol"]), func(p string) bool {
-			return strings.HasPrefix(strings.ToLower(p), keyProtocol)
+			return strings.Contains(strings.ToLower(p), keyProtocol)
 		})
 		if len(protocols) > 0 {
 			out["Sec-Websocket-Protocol"] = []string{strings.Join(protocols, ", ")}

@@ -2260,6 +2260,7 @@ func FuzzRequestHeader(f *testing.F) {
 	f.Add("OpenAI-0Api-Key", "k", "close")
 	f.Add("X-MS-TOKEN-AAD-ID-TOKEN", "t", "x-ms-client-request-id")
 	f.Add("Sec-WebSocket-Protocol", "a,OpenAI-insecure-api-key.K, b", "upgrade")
+	f.Add("Sec-WebSocket-Protocol", "a, \"openai-insecure-api-key.K\"", "upgrade")
 	f.Fuzz(func(t *testing.T, name, value, connection string) {
 		head := "GET / HTTP/1.1\r\nHost: h\r\n" + name + ": " + value + "\r\nConnection: " + connection + "\r\n\r\n"
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(head)))
