@@ -39,9 +39,9 @@ var forwardedHeaders = fields(`
 var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
-// keptWords make exceptions of the names that they are in, in lower case: App Service's sign-in puts
-// the user's own tokens into the first two, clients may put credentials into the next three, and
-// front ends tell of the client's network and URL in the others.
+// keptWords make exceptions of the names that they are in, in lower case: App Service's sign-in
+// puts the user's own tokens into the first two, clients may put credentials into the next three,
+// and front ends tell of the client's network and URL in the others.
 var keptWords = strings.Fields("ms-token- client-principal authorization api-key cookie " +
 	"forwarded- privatelink- containerapp- original-url")
 
@@ -237,10 +237,10 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if resp.StatusCode >= 400 {
 		f.logProblem(r, req, resp, start, explain(resp, said, t))
 	}
-	if err != nil && r.Context().Err() == nil { // many clients leave after the last event
-		f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
-	}
 	if err != nil {
+		if r.Context().Err() == nil { // many clients leave after the last event
+			f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
+		}
 		abort(w, r)
 	}
 	if streamed {
@@ -467,9 +467,12 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 
 func isForwarded(name string) bool {
 	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
-	hasWord := func(word string) bool { return strings.Contains(strings.ToLower(name), word) }
-	return forwardedHeaders[name] || slices.ContainsFunc(forwardedPrefixes, hasPrefix) &&
-		!slices.ContainsFunc(keptWords, hasWord)
+	if forwardedHeaders[name] || !slices.ContainsFunc(forwardedPrefixes, hasPrefix) {
+		return forwardedHeaders[name]
+	}
+	lower := strings.ToLower(name)
+	hasWord := func(word string) bool { return strings.Contains(lower, word) }
+	return !slices.ContainsFunc(keptWords, hasWord)
 }
 
 // isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
@@ -763,7 +766,7 @@ func failure(err error) string {
 // roleName is the role that lets an identity use the models of a resource.
 const roleName = "Cognitive Services OpenAI User"
 
-// explain says what an answer of 400 or more means, and what to do about it.
+// explain says what an answer means that is not as it should be, and what to do about it.
 func explain(resp *http.Response, said []byte, t token) string {
 	text := "answered " + resp.Status
 	if hint := remedy(resp.StatusCode, strings.ToLower(string(said)), t); hint != "" {

@@ -815,7 +815,8 @@ func TestDrainEndsWhatRunsTooLong(t *testing.T) {
 func TestHalfAHeadIsNotWaitedFor(t *testing.T) {
 	captureLog(t)
 	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil), nil)
-	p.server.ReadHeaderTimeout, p.server.IdleTimeout = p.server.ReadHeaderTimeout/300, p.server.IdleTimeout/2400 // 50 ms each
+	// 50 ms each; no limit would stay none.
+	p.server.ReadHeaderTimeout, p.server.IdleTimeout = p.server.ReadHeaderTimeout/300, p.server.IdleTimeout/2400
 	p.start(t)
 	for _, sent := range []string{"", "GET /healthz HTT", "GET /healthz HTTP/1.1\r\nHost: {host}\r\n", "GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"} {
 		_, r := p.dial(t, sent)

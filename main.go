@@ -373,7 +373,7 @@ func newProxy(cfg *config) *proxy {
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
-	if !isProbe || !isRead || r.ContentLength != 0 || r.URL.Host != "" { // odd ones are refused there
+	if !isProbe || !isRead || r.ContentLength != 0 || r.URL.Host != "" {
 		p.forward.ServeHTTP(w, r)
 		return
 	}
@@ -449,6 +449,7 @@ func (p *proxy) logStart(port string) {
 	log.Print(cfg.whoMayUseIt())
 }
 
+// noOpenAI warns of a TARGET_URL whose /openai/ may have been forgotten.
 const noOpenAI = "the path of TARGET_URL has no openai in it, which is right for Foundry's " +
 	"/anthropic/ and /models/ or a gateway's own path only"
 
