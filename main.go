@@ -315,22 +315,35 @@ func (c *config) listenHosts() []string {
 	return []string{"127.0.0.1"}
 }
 
-// listen opens the listening sockets.
-func listen(cfg *config) ([]net.Listener, error) {
+// listen opens the listening sockets. PORT=0 stands for one port on all of the hosts: if what was free
+// on the first is taken on the next, another is tried.
+func listen(cfg *config) (listeners []net.Listener, err error) {
+	for range 10 {
+		listeners, err = listenOn(cfg.listenHosts(), cfg.port)
+		if err == nil || cfg.port != "0" {
+			break
+		}
+	}
+	return listeners, err
+}
+
+func listenOn(hosts []string, port string) ([]net.Listener, error) {
 	var listeners []net.Listener
-	port := cfg.port
-	for _, host := range cfg.listenHosts() {
+	for _, host := range hosts {
 		network := "tcp"
 		if net.ParseIP(host).To4() != nil {
 			network = "tcp4" // or 0.0.0.0 would be every IPv6 address, too
 		}
 		ln, err := net.Listen(network, net.JoinHostPort(host, port))
 		if err != nil {
+			for _, opened := range listeners {
+				opened.Close()
+			}
 			return nil, fmt.Errorf("PORT or HOST: %w; want a free port such as 8082 (0 for any) "+
 				"and an address of this host", err)
 		}
 		listeners = append(listeners, ln)
-		_, port, _ = net.SplitHostPort(ln.Addr().String()) // PORT=0: the same one for both
+		_, port, _ = net.SplitHostPort(ln.Addr().String())
 	}
 	return listeners, nil
 }
