@@ -193,6 +193,11 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Send it. Full duplex lets an answer pass while the upload still runs; without it the server
 	// would take the body away from the transport then, and cut the answer (golang/go#40747).
 	client.EnableFullDuplex()
+	body, streamed := req.Body.(*upload)
+	if streamed && r.Header["Expect"] != nil && r.ProtoAtLeast(1, 1) {
+		// Or the server would do so in mid-flight, or after an early answer take the body away.
+		w.WriteHeader(http.StatusContinue)
+	}
 	ctx, stopTrace := traceAnswer(w, r)
 	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
 	stopTrace()
@@ -225,7 +230,6 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	copyHeader(w.Header(), resp)
-	body, streamed := req.Body.(*upload)
 	if streamed { // some of it may be yet to come
 		w.Header().Set("Connection", "close")
 	}
@@ -666,8 +670,7 @@ const earlyAnswerTime = 250 * time.Millisecond
 // calls from goroutines of its own, even after it has given up the request.
 func traceAnswer(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
 	var mu sync.Mutex // protects stopped, and w from two at a time
-	// Where the client expects it, the server may be writing a 100 of its own.
-	stopped := !r.ProtoAtLeast(1, 1) || r.Header["Expect"] != nil
+	stopped := !r.ProtoAtLeast(1, 1)
 	trace := &httptrace.ClientTrace{
 		Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
 			mu.Lock()
