@@ -109,6 +109,14 @@ func (p *testProxy) start(t testing.TB) {
 	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
 	p.addr = net.JoinHostPort("127.0.0.1", port)
 	p.url = "http://" + p.addr
+	fetch := p.tokens.fetch
+	ended, end := context.WithCancel(context.Background())
+	p.tokens.fetch = func(ctx context.Context) (token, *tokenError) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(ended, cancel)()
+		return fetch(ctx)
+	}
 	go func() {
 		defer close(p.stopped)
 		if err := p.serve(listeners, p.signals); err != nil {
@@ -120,6 +128,8 @@ func (p *testProxy) start(t testing.TB) {
 		p.signals <- syscall.SIGTERM // at once
 		<-p.stopped
 		p.forward.transport.CloseIdleConnections()
+		end() // or a fetch could go on in another test, and ask and log there
+		p.tokens.ground()
 	})
 }
 

@@ -128,8 +128,9 @@ func newTestSource(t testing.TB, f *fakeIdentity, env string) (*source, *fakeClo
 func newTestTokens(t testing.TB, f *fakeIdentity, env string) (*tokenSource, *fakeClock) {
 	t.Helper()
 	s, c := newTestSource(t, f, env)
-	t.Cleanup(func() { c.advance(1e4 * time.Hour) }) // past every token: no timer fetches after the test
-	return &tokenSource{fetch: s.fetch, now: c.now}, c
+	tokens := &tokenSource{fetch: s.fetch, now: c.now}
+	t.Cleanup(tokens.ground)
+	return tokens, c
 }
 
 // want asserts which token a request gets; an empty one is none. It returns the error.
@@ -151,6 +152,16 @@ func (s *tokenSource) land() {
 	s.mu.Unlock()
 	if flight != nil {
 		<-flight
+	}
+}
+
+// ground lets no fetch begin, and waits for the end of the one under way.
+func (s *tokenSource) ground() {
+	for range 2 { // as that one ends the quiet
+		s.mu.Lock()
+		s.held, s.quietUntil = token{}, s.now().Add(1e4*time.Hour)
+		s.mu.Unlock()
+		s.land()
 	}
 }
 
@@ -508,6 +519,7 @@ func TestRefreshNeedsNoRequest(t *testing.T) {
 	s, _ := newTestSource(t, f, imdsEnv)
 	s.now = time.Now
 	tokens := &tokenSource{fetch: s.fetch, now: time.Now}
+	t.Cleanup(tokens.ground)
 	asked := make(chan bool, 9)
 	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
 		n := f.fetches.Load()
@@ -907,9 +919,7 @@ func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
 			t.Errorf("%s:\n got %q\nwant %q", tt.name, got, tt.want)
 		}
 	}
-	f := newFakeIdentity(t)
-	s, _ := newTestSource(t, f, imdsEnv)
-	f.Close()
+	s, _ := newTestSource(t, newFakeIdentity(t), "AZURE_POD_IDENTITY_AUTHORITY_HOST="+nobody)
 	_, failure := s.fetch(context.Background())
 	if failure == nil || !failure.transient || !strings.Contains(failure.text, "connection refused; hint: only Azure hosts have it") {
 		t.Errorf("nobody there: got %v", failure)
