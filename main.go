@@ -68,7 +68,7 @@ AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
 
 // tlsDefaults are today's defaults of TLS and certificates. The line "go 1.22" in go.mod lets Go
 // 1.22 build the program, but makes a newer toolchain fall back to the defaults of 2024, which
-// offer 3DES and SHA-1, accept 1024-bit RSA and leave out post-quantum key exchange.
+// offer 3DES and SHA-1, accept RSA keys below 1024 bits and leave out post-quantum key exchange.
 const tlsDefaults = "tls3des=0,tlssha1=0,tlsmlkem=1,tlssecpmlkem=1,rsa1024min=1," +
 	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1,x509sslcertoverrideplatform=1"
 
