@@ -531,13 +531,10 @@ func (s *source) refusal(resp *http.Response, body []byte) *tokenError {
 	}
 	e := s.errorf("answered %d: %s", status, words(body))
 	e.retryAfter = retryAfter(resp.Header, s.now())
-	switch status {
-	case http.StatusNotFound, http.StatusGone:
-		e.transient = s.name == "IMDS" // which answers so for up to 70 s while it is being updated
-	default:
-		e.transient = status == http.StatusRequestTimeout ||
-			status == http.StatusTooManyRequests || status >= 500
-	}
+	// IMDS answers 404 or 410 for up to 70 s while it is being updated.
+	updating := s.name == "IMDS" && (status == http.StatusNotFound || status == http.StatusGone)
+	e.transient = updating || status == http.StatusRequestTimeout ||
+		status == http.StatusTooManyRequests || status >= 500
 	for _, h := range hints {
 		if strings.Contains(e.text, h.text) {
 			e.text += "; hint: " + h.hint
