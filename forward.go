@@ -39,9 +39,9 @@ var forwardedHeaders = fields(`
 var forwardedPrefixes = strings.Fields(
 	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
 
-// keptWords make exceptions of the names that they are in, in lower case: App Service's sign-in
-// puts the user's own tokens into the first two, clients may put credentials into the next three,
-// and front ends tell of the client's network and URL in the others.
+// keptWords are parts of names, in lower case, that stay here in spite of their prefix: App
+// Service's sign-in puts the user's own tokens into the first two, clients may put credentials into
+// the next three, and front ends tell of the client's network and URL in the others.
 var keptWords = strings.Fields("ms-token- client-principal authorization api-key cookie " +
 	"forwarded- privatelink- containerapp- original-url")
 
@@ -471,7 +471,7 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 
 func isForwarded(name string) bool {
 	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
-	if forwardedHeaders[name] || !slices.ContainsFunc(forwardedPrefixes, hasPrefix) {
+	if !slices.ContainsFunc(forwardedPrefixes, hasPrefix) {
 		return forwardedHeaders[name]
 	}
 	lower := strings.ToLower(name)
