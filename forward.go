@@ -307,8 +307,7 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 		}
 	}
 	if upgrade { // a browser's WebSocket cannot set headers
-		query, _ := url.ParseQuery(r.URL.RawQuery)
-		keys = append(keys, query["api-key"]...)
+		keys = append(keys, r.URL.Query()["api-key"]...)
 		for _, protocol := range listed(r.Header["Sec-Websocket-Protocol"]) {
 			if key, ok := strings.CutPrefix(protocol, keyProtocol); ok {
 				keys = append(keys, key)
