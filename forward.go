@@ -674,7 +674,7 @@ func traceAnswer(w http.ResponseWriter, r *http.Request) (ctx context.Context, s
 		Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
 			mu.Lock()
 			defer mu.Unlock()
-			if !stopped && code != http.StatusContinue && code != http.StatusSwitchingProtocols {
+			if !stopped && code != http.StatusContinue {
 				copyHeader(w.Header(), &http.Response{Header: http.Header(header)})
 				w.WriteHeader(code)
 				clear(w.Header())
