@@ -76,8 +76,8 @@ const maxSaid = 2048
 const lingerTime = time.Second
 
 // smallBody is the longest request body, in bytes, that is read before it is sent: it then goes out
-// in one write with the head, and can be sent again over a new connection if an idle one turns out
-// to be dead. Longer ones, and those of unknown length, are streamed.
+// with the head, in one write up to WriteBufferSize, and can be sent again over a new connection if
+// an idle one turns out to be dead. Longer ones, and those of unknown length, are streamed.
 const smallBody = 256 << 10
 
 // forwarder sends requests to the upstream with a token in the place of the client's credentials.
@@ -109,10 +109,10 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 			MaxIdleConnsPerHost:    1024,
 			IdleConnTimeout:        60 * time.Second, // Azure's load balancers forget after 4 minutes
 			ResponseHeaderTimeout:  0,                // a model may think for hours
-			ExpectContinueTimeout:  0,
-			DisableCompression:     true, // or it would ask for gzip and unpack it
+			ExpectContinueTimeout:  0,                // Expect is not forwarded
+			DisableCompression:     true,             // or it would ask for gzip and unpack it
 			MaxResponseHeaderBytes: 1 << 20,
-			WriteBufferSize:        16 << 10,
+			WriteBufferSize:        16 << 10, // head and small body in one write
 		},
 	}
 }
@@ -234,7 +234,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
-	if !r.ProtoAtLeast(1, 1) {
+	if !r.ProtoAtLeast(1, 1) { // or the end of a drain would pass for the answer's end
 		defer context.AfterFunc(r.Context(), func() { reset(r) })()
 	}
 	said, err := copyBody(w, resp)
@@ -362,8 +362,9 @@ func rawPath(r *http.Request) string {
 	return path
 }
 
-// upstreamRequest is r as the upstream gets it, but for the token. Nothing of r's head is copied
-// but what the lists above name, so nothing in it can pass for the head of a second request.
+// upstreamRequest is r as the upstream gets it, but for the token. Of r's header only what the
+// lists above name is copied, and the transport frames the body anew, so that no second request can
+// be smuggled in.
 func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Request, error) {
 	req := &http.Request{
 		Method: r.Method,

@@ -32,7 +32,7 @@ const (
 	fetchTime     = 22 * time.Second // one fetch, with all its tries and pauses
 	firstPause    = 800 * time.Millisecond
 	coldMemory    = time.Second      // after a failure without a valid token
-	warmMemory    = 10 * time.Second // after a failure while a token is still valid
+	warmMemory    = 10 * time.Second // while one is valid, and no longer than it is
 	maxRetryAfter = 2 * time.Minute  // longest Retry-After that is believed
 	rejectPause   = 30 * time.Second // between two refreshes that an upstream 401 asks for
 	maxAnswer     = 256 << 10        // bytes; real answers have about 2,000
@@ -713,7 +713,7 @@ func parseTime(text string) (time.Time, error) {
 // parseSeconds reads a number of seconds.
 func parseSeconds(text string) (time.Duration, error) {
 	seconds, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(seconds >= 0 && seconds < 9e9) { // more does not fit a time.Duration
+	if err != nil || !(seconds >= 0 && seconds < 9e9) { // NaN, or too long for a Duration
 		return 0, errors.New("not a number of seconds")
 	}
 	return time.Duration(seconds * float64(time.Second)), nil

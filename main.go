@@ -315,8 +315,8 @@ func (c *config) listenHosts() []string {
 	return []string{"127.0.0.1"}
 }
 
-// listen opens the listening sockets. PORT=0 stands for one port on all of the hosts: if what was free
-// on the first is taken on the next, another is tried.
+// listen opens the listening sockets. PORT=0 stands for one port on all of the hosts: if what was
+// free on the first is taken on the next, another is tried.
 func listen(cfg *config) (listeners []net.Listener, err error) {
 	for range 10 {
 		listeners, err = listenOn(cfg.listenHosts(), cfg.port)
