@@ -49,7 +49,7 @@ var keptWords = strings.Fields("ms-token- client-principal authorization api-key
 // less the key that may be in it.
 var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Extensions")
 
-// hopByHop are the answer's headers about one connection, which go no further (RFC 9110 §7.6.1).
+// hopByHop are headers about one connection, which an answer takes no further (RFC 9110 §7.6.1).
 var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
 	Proxy-Authenticate Proxy-Authorization`)
 
@@ -393,7 +393,7 @@ func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Reques
 	return req, nil
 }
 
-// upload is a request body that is streamed. The server closes it.
+// upload is a request body that is streamed. Closing it does nothing, as the server closes its own.
 type upload struct {
 	io.Reader
 	stopped atomic.Bool // the answer is over: no more goes upstream

@@ -415,7 +415,7 @@ func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
 }
 
 // readKey reads the file that an Arc challenge names, which must be a regular .key file of at most
-// 4096 bytes right in dir: the endpoint must not get at any other file.
+// 4096 bytes right in dir, where only root can write: the endpoint must not get at any other file.
 func readKey(challenge, dir string) (string, error) {
 	path, ok := strings.CutPrefix(challenge, "Basic realm=")
 	if !ok || path != filepath.Join(dir, filepath.Base(path)) || filepath.Ext(path) != ".key" {

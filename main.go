@@ -382,7 +382,8 @@ func newProxy(cfg *config) *proxy {
 }
 
 // ServeHTTP has every route: the probes, which are answered here and need no key, and all else,
-// which goes to the upstream.
+// which goes to the upstream. What looks like a probe but names a host or has a body is for the
+// forwarder to judge.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
