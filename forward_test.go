@@ -557,7 +557,14 @@ func TestListensWhereSettingsSay(t *testing.T) {
 				t.Skip("no IPv6 here")
 			}
 			lines := followLog(t)
-			p := startProxy(t, identity, upstream, tt.env)
+			p := newTestProxy(t, identity, upstream, tt.env)
+			accepted := make(chan string, 9) // tells from others that have this port on another address
+			p.server.ConnState = func(conn net.Conn, state http.ConnState) {
+				if state == http.StateNew {
+					accepted <- conn.LocalAddr().(*net.TCPAddr).IP.String()
+				}
+			}
+			p.start(t)
 			line, before := lines.waitFor(t, "EXPECTED_KEY")
 			if !strings.Contains(line, tt.says) {
 				t.Errorf("the log says %q, want %q", line, tt.says)
@@ -584,10 +591,13 @@ func TestListensWhereSettingsSay(t *testing.T) {
 			}
 			var reached []string
 			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
-				if conn, err := net.Dial("tcp", net.JoinHostPort(host, port)); err == nil {
-					conn.Close()
-					reached = append(reached, host)
+				client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: safetyNet}
+				if resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz"); err == nil {
+					resp.Body.Close()
 				}
+			}
+			for range len(accepted) {
+				reached = append(reached, <-accepted)
 			}
 			reach := slices.DeleteFunc(strings.Fields(tt.reach), func(host string) bool {
 				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6
@@ -595,7 +605,6 @@ func TestListensWhereSettingsSay(t *testing.T) {
 			if !slices.Equal(reached, reach) {
 				t.Errorf("it can be reached at %q, want %q", reached, reach)
 			}
-			p.ready(context.Background()) // or the fetch at start-up would outlive the identity endpoint
 		})
 	}
 }
