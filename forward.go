@@ -194,7 +194,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// would take the body away from the transport then, and cut the answer (golang/go#40747).
 	client.EnableFullDuplex()
 	body, streamed := req.Body.(*upload)
-	if streamed && r.Header["Expect"] != nil && r.ProtoAtLeast(1, 1) {
+	if streamed && r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 		// Or the server would do so in mid-flight, or after an early answer take the body away.
 		w.WriteHeader(http.StatusContinue)
 	}

@@ -590,8 +590,8 @@ func TestListensWhereSettingsSay(t *testing.T) {
 				t.Errorf("the log says it listens on %q, want %q", got, want)
 			}
 			var reached []string
+			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: safetyNet}
 			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
-				client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: safetyNet}
 				if resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz"); err == nil {
 					resp.Body.Close()
 				}
@@ -899,7 +899,6 @@ func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
 			if got, want := strings.Contains(logged.String(), path+" from "), tt.debug != "" || tt.status == 401; got != want {
 				t.Errorf("logged: %v, want %v: %s", got, want, logged)
 			}
-			p.ready(context.Background())
 		})
 	}
 }
@@ -1779,12 +1778,11 @@ func TestEarlyAnswerOfAnUpstreamThatHangsUp(t *testing.T) {
 func TestClientThatExpectsItGets100First(t *testing.T) {
 	captureLog(t)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err == nil {
-			io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\nLink: l\r\n\r\nHTTP/1.1 413 Too Large\r\nContent-Length: 5\r\n\r\nlarge")
-			io.Copy(io.Discard, conn)
-			conn.Close()
-		}
+		http.NewResponseController(w).EnableFullDuplex()
+		w.WriteHeader(http.StatusEarlyHints)
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+		http.NewResponseController(w).Flush()
+		io.Copy(io.Discard, r.Body)
 	})
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
 	client, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
