@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"compress/gzip"
+	"compress/zlib"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,6 +26,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 )
 
 // forwardedHeaders are the request headers that the service, or its support, makes use of, with
@@ -34,16 +37,16 @@ var forwardedHeaders = fields(`
 	Idempotency-Key X-Client-Request-Id X-Request-Id Traceparent Tracestate
 	Originator Version Session_id Session-Id Conversation_id Conversation-Id Thread_id Thread-Id
 	X-Responsesapi-Include-Timing-Metrics X-Oai-Attestation
-	Extra-Parameters Aoai-Evals X-Policy-Id Azureml-Model-Deployment`)
+	Extra-Parameters Aoai-Evals X-Policy-Id Azureml-Model-Deployment Foundry-Features
+	X-Ms-Client-Request-Id X-Ms-Return-Client-Request-Id X-Ms-Useragent X-Ms-Enable-Preview
+	X-Ms-Oai-Image-Generation-Deployment`)
 
-var forwardedPrefixes = strings.Fields(
-	"Openai- X-Openai- X-Stainless- X-Codex- Anthropic- X-Ms-")
+// forwardedPrefixes are those of the service's own headers and of its clients'. X-Ms- is not among
+// them: App Service and Azure's front ends put the user's tokens and address under it.
+var forwardedPrefixes = strings.Fields("Openai- X-Openai- X-Stainless- X-Codex- Anthropic-")
 
-// keptWords are parts of names, in lower case, that stay here in spite of their prefix: App
-// Service's sign-in puts the user's own tokens into the first two, clients may put credentials into
-// the next three, and front ends tell of the client's network and URL in the others.
-var keptWords = strings.Fields("ms-token- client-principal authorization api-key cookie " +
-	"forwarded- privatelink- containerapp- original-url")
+// credentialWords are parts of names, in lower case, that stay here in spite of their prefix.
+var credentialWords = strings.Fields("key token auth cookie")
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and so does Sec-WebSocket-Protocol
 // less the key that may be in it.
@@ -52,6 +55,13 @@ var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Webso
 // hopByHop are headers about one connection, which an answer takes no further (RFC 9110 §7.6.1).
 var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
 	Proxy-Authenticate Proxy-Authorization`)
+
+// othersPolicies are headers of an answer that are true of the upstream's host, but not of this
+// proxy's.
+var othersPolicies = map[string]bool{
+	"Strict-Transport-Security": true, // must not be sent over plain HTTP (RFC 6797 §7.2)
+	"Alt-Svc":                   true, // would have the client go past the proxy (RFC 7838 §2)
+}
 
 // credentialParams are the query parameters that carry a key or token, in lower case: those of
 // Azure and its look-alikes, of older openai-node, of RFC 6750 §2.3 and of API Management.
@@ -70,7 +80,7 @@ func fields(names string) map[string]bool {
 const keyProtocol = "openai-insecure-api-key."
 
 // maxSaid is how much of a refusal, in bytes, is looked at to explain it in the log.
-const maxSaid = 2048
+const maxSaid = 16 << 10
 
 // lingerTime is how long a client that is still sending may go on after the last byte for it.
 const lingerTime = time.Second
@@ -85,6 +95,7 @@ type forwarder struct {
 	target    *url.URL // "https://my-aoai.openai.azure.com/openai/"
 	key       string   // what clients must present; empty for nothing
 	tokens    *tokenSource
+	secrets   *secrets
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
 	active    atomic.Int64  // requests and tunnels under way, "streams" in the log
@@ -92,13 +103,18 @@ type forwarder struct {
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
+	proxy := http.ProxyFromEnvironment
+	if cfg.target.Scheme == "http" {
+		proxy = nil // a loopback host: HTTP_PROXY would get the token in the clear
+	}
 	return &forwarder{
 		target:   cfg.target,
 		key:      cfg.key,
 		tokens:   tokens,
+		secrets:  cfg.secrets,
 		bodyTime: time.Minute,
 		transport: &http.Transport{
-			Proxy:                  http.ProxyFromEnvironment,
+			Proxy:                  proxy,
 			OnProxyConnectResponse: refusedByProxy,
 			DialContext:            dialer.DialContext,
 			TLSHandshakeTimeout:    10 * time.Second,
@@ -123,7 +139,7 @@ func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, resp *http.R
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	return &net.OpError{Op: "proxyconnect", Net: "tcp", Err: errors.New(resp.Status)}
+	return statusError{"HTTPS_PROXY", resp.StatusCode}
 }
 
 // warm begins to open the first connection to the upstream, so that the first request need not wait
@@ -152,7 +168,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.active.Add(1)
 	defer f.active.Add(-1)
 	start := time.Now()
-	log.Printf("%s %s from %s", r.Method, f.redact(r.RequestURI), r.RemoteAddr)
+	log.Printf("%s %s from %s", f.secrets.safe(r.Method, maxPiece), f.redact(r.RequestURI),
+		r.RemoteAddr)
 
 	// Check the caller.
 	upgrade := isWebSocket(r)
@@ -169,7 +186,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	req, err := f.upstreamRequest(r, upgrade)
 	if err != nil {
 		e := &apiError{http.StatusRequestTimeout, "incomplete_body", "the request's body is incomplete"}
-		log.Printf("answered %d to %s: %s: %v", e.status, r.RemoteAddr, e.message, err)
+		log.Printf("answered %d to %s: %s: %s", e.status, r.RemoteAddr, e.message, cause(err))
 		e.write(w, r)
 		return
 	}
@@ -178,12 +195,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
+		e := errLeft
 		var noToken *tokenError
 		if errors.As(err, &noToken) {
+			e = &apiError{http.StatusServiceUnavailable, "no_token", "no token: " + noToken.text}
 			seconds := max(1, math.Ceil(noToken.retryAfter.Seconds()))
 			w.Header().Set("Retry-After", strconv.Itoa(int(seconds)))
 		}
-		e := &apiError{http.StatusServiceUnavailable, "no_token", "no token: " + err.Error()}
 		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
 		return
@@ -201,19 +219,26 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ctx, stopTrace := traceAnswer(w, r)
 	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
 	stopTrace()
-	switched := upgrade && err == nil && resp.StatusCode == http.StatusSwitchingProtocols &&
-		strings.EqualFold(resp.Header.Get("Upgrade"), "websocket")
-	if err == nil && resp.StatusCode < 200 && !switched {
-		resp.Body.Close()
-		err = fmt.Errorf("unasked status %s", resp.Status)
+	var upstream io.ReadWriteCloser // the connection, if the upstream has switched protocols
+	if err == nil && resp.StatusCode < 200 {
+		rwc, canWrite := resp.Body.(io.ReadWriteCloser)
+		if upgrade && canWrite && strings.EqualFold(resp.Header.Get("Upgrade"), "websocket") {
+			upstream = rwc
+		} else {
+			resp.Body.Close()
+			err = statusError{"the upstream, unasked,", resp.StatusCode}
+		}
 	}
 	if err != nil {
 		e := &apiError{http.StatusBadGateway, "upstream_unreachable",
-			"no answer from " + f.target.Host + ": " + failure(err)}
+			"no answer from " + f.target.Host + ": " + f.secrets.safe(failure(err), maxPiece)}
 		var broken uploadError
-		if errors.As(err, &broken) {
+		switch {
+		case r.Context().Err() != nil:
+			e = errLeft
+		case errors.As(err, &broken):
 			e = &apiError{http.StatusBadRequest, "invalid_body",
-				"reading the request's body: " + err.Error()}
+				"reading the request's body: " + f.secrets.safe(broken.Error(), maxPiece)}
 		}
 		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
@@ -225,8 +250,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 
 	// Copy the answer.
-	if switched {
-		f.tunnel(w, r, resp)
+	if upstream != nil {
+		f.tunnel(w, r, resp, upstream)
 		return
 	}
 	copyHeader(w.Header(), resp)
@@ -239,11 +264,12 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	said, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
-		f.logProblem(r, req, resp, start, explain(resp, said, t))
+		f.logProblem(r, req, resp, start, f.explain(resp, unpacked(said, resp.Header), t))
 	}
 	if err != nil {
-		if r.Context().Err() == nil { // many clients leave after the last event
-			f.logProblem(r, req, resp, start, "answer cut: "+err.Error())
+		var left clientError // many clients leave after the last event
+		if r.Context().Err() == nil && !errors.As(err, &left) {
+			f.logProblem(r, req, resp, start, "answer cut: "+cause(err))
 		}
 		abort(w, r)
 	}
@@ -258,7 +284,7 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	// The answer to TRACE, or TRACK as IIS has it, would repeat the token.
 	case method == http.MethodConnect, method == http.MethodTrace, method == "TRACK":
 		return &apiError{http.StatusMethodNotAllowed, "method_not_allowed",
-			r.Method + " is not forwarded"}
+			strings.ToUpper(r.Method) + " is not forwarded"}
 	case !strings.HasPrefix(r.RequestURI, "/"):
 		return &apiError{http.StatusBadRequest, "invalid_path",
 			"the request target must be a path: this is no HTTP proxy for other hosts"}
@@ -269,9 +295,9 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	case !f.authorized(r, upgrade):
 		return &apiError{http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: " +
 			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer"}
-	case hasDotSegment(rawPath(r)):
-		return &apiError{http.StatusBadRequest, "invalid_path",
-			"the path must not have . or .. segments"}
+	case !isPlainPath(r.URL.Path):
+		return &apiError{http.StatusBadRequest, "invalid_path", "the path must be UTF-8, " +
+			"without . or .. segments and without escapes of escapes such as %252e"}
 	}
 	return nil
 }
@@ -321,39 +347,15 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 	})
 }
 
-// hasDotSegment tells whether a path, decoded as often as servers on the way may decode it, has a .
-// or .. segment. With one and our token a client would get at every other API of the resource.
-func hasDotSegment(path string) bool {
-	for range 8 {
-		segments := strings.FieldsFunc(path, func(r rune) bool {
-			return r <= ' ' || strings.ContainsRune(`/\;?#`, r) // each ends a segment to some servers
-		})
-		if slices.Contains(segments, ".") || slices.Contains(segments, "..") {
-			return true
-		}
-		decoded := unescape(path)
-		if decoded == path {
-			return false
-		}
-		path = decoded
-	}
-	return true // nobody escapes so often with good intent
-}
-
-// unescape decodes a URL's escapes and leaves alone what is none, as lenient servers do.
-func unescape(s string) string {
-	var out []byte
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		if c == '%' && i+2 < len(s) {
-			if decoded, err := hex.DecodeString(s[i+1 : i+3]); err == nil {
-				c = decoded[0]
-				i += 2
-			}
-		}
-		out = append(out, c)
-	}
-	return string(out)
+// isPlainPath tells whether a path, decoded once, is the same to every server: it has no . or ..
+// segment, with which and our token a client would get at every other API of the resource, nothing
+// that a second decoding would change, and no overlong form of a dot or slash, which is no UTF-8.
+func isPlainPath(path string) bool {
+	segments := strings.FieldsFunc(path, func(r rune) bool {
+		return r <= ' ' || strings.ContainsRune(`/\;?#`, r) // each ends a segment to some servers
+	})
+	return utf8.ValidString(path) && !strings.Contains(path, "%") &&
+		!slices.Contains(segments, ".") && !slices.Contains(segments, "..")
 }
 
 // rawPath is the path as the client sent it; r.URL.Path has lost the escapes.
@@ -367,17 +369,12 @@ func rawPath(r *http.Request) string {
 // be smuggled in.
 func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Request, error) {
 	req := &http.Request{
-		Method: r.Method,
-		URL: &url.URL{
-			Scheme:     f.target.Scheme,
-			Host:       f.target.Host,
-			Opaque:     upstreamPath(f.target.EscapedPath(), rawPath(r)), // goes out as it is
-			RawQuery:   cutCredentials(r.URL.RawQuery),
-			ForceQuery: r.URL.ForceQuery,
-		},
+		Method:        r.Method,
+		URL:           upstreamURL(f.target, rawPath(r)),
 		Header:        upstreamHeader(r.Header, upgrade),
 		ContentLength: r.ContentLength,
 	}
+	req.URL.RawQuery, req.URL.ForceQuery = cutCredentials(r.URL.RawQuery), r.URL.ForceQuery
 	switch {
 	case r.ContentLength == 0:
 	case r.ContentLength > 0 && r.ContentLength <= smallBody:
@@ -425,9 +422,12 @@ func (u *upload) end(client *http.ResponseController) {
 	io.Copy(io.Discard, u.Reader)
 }
 
-// upstreamPath puts base, TARGET_URL's path, before path, less what they share: many clients add
-// /openai themselves.
-func upstreamPath(base, path string) string {
+// upstreamURL is where a request for path goes, path in the form that goes out. TARGET_URL's path is
+// put before it, less what they share: many clients add /openai themselves. So do clients of a base
+// URL that ends in a slash add another one, which the service answers with 404.
+func upstreamURL(target *url.URL, path string) *url.URL {
+	base := target.EscapedPath()
+	path = "/" + strings.TrimLeft(path, "/")
 	for i := range base {
 		if shared := base[i:]; shared[0] == '/' && strings.HasPrefix(path+"/", shared) {
 			path = path[min(len(shared), len(path)):]
@@ -435,7 +435,8 @@ func upstreamPath(base, path string) string {
 		}
 	}
 	// With two slashes in front it would be a URL with another host to some.
-	return "/" + strings.TrimLeft(base+path, "/")
+	path = "/" + strings.TrimLeft(base+path, "/")
+	return &url.URL{Scheme: target.Scheme, Host: target.Host, Opaque: path}
 }
 
 // upstreamHeader is the client's header less what stays here.
@@ -476,7 +477,7 @@ func isForwarded(name string) bool {
 	}
 	lower := strings.ToLower(name)
 	hasWord := func(word string) bool { return strings.Contains(lower, word) }
-	return !slices.ContainsFunc(keptWords, hasWord)
+	return !slices.ContainsFunc(credentialWords, hasWord)
 }
 
 // isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
@@ -505,7 +506,8 @@ func listed(values []string) (items []string) {
 func cutCredentials(query string) string {
 	isCredential := func(pair string) bool {
 		name, _, _ := strings.Cut(pair, "=")
-		name = strings.Trim(unescape(name), "? +\t\r\n\x00") // as lenient servers do
+		name, _ = url.QueryUnescape(name)         // with a wrong escape it is none of these names
+		name = strings.Trim(name, "? \t\r\n\x00") // as lenient servers do
 		return credentialParams[strings.ToLower(name)]
 	}
 	var kept []string
@@ -520,14 +522,14 @@ func cutCredentials(query string) string {
 
 // copyHeader sets the answer's header, less what is about the upstream's connection.
 func copyHeader(h http.Header, resp *http.Response) {
-	for name, values := range resp.Header {
-		if !hopByHop[name] {
-			h[name] = values
-		}
+	named := listed(resp.Header["Connection"])
+	isNamed := func(name string) bool {
+		return name != "Content-Length" && // framing is not for the upstream to take away
+			slices.ContainsFunc(named, func(n string) bool { return strings.EqualFold(n, name) })
 	}
-	for _, name := range listed(resp.Header["Connection"]) {
-		if !strings.EqualFold(name, "Content-Length") { // framing is not theirs to take away
-			h.Del(name)
+	for name, values := range resp.Header {
+		if !hopByHop[name] && !othersPolicies[name] && !isNamed(name) {
+			h[name] = values
 		}
 	}
 	if h["Content-Type"] == nil {
@@ -546,6 +548,9 @@ func copyHeader(h http.Header, resp *http.Response) {
 // buffers are what most answers are copied through: small, as open streams are many.
 var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
 
+// clientError is a failure to write to the client, to be told from the upstream's failures.
+type clientError struct{ error }
+
 // copyBody passes the answer's body on: each read is written and flushed at once. Of a refusal it
 // returns the first bytes as said, for the log to explain it.
 func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err error) {
@@ -556,14 +561,14 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 	headFlushed := flushSoon(out, resp)
 	n, readErr := resp.Body.Read(buf)
 	if err := headFlushed(); err != nil {
-		return nil, err
+		return nil, clientError{err}
 	}
 	for {
 		if resp.StatusCode >= 400 {
 			said = append(said, buf[:min(n, maxSaid-len(said))]...)
 		}
 		if _, err := w.Write(buf[:n]); err != nil {
-			return said, err
+			return said, clientError{err}
 		}
 		if readErr == io.EOF {
 			break
@@ -572,7 +577,7 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 			return said, readErr
 		}
 		if err := out.Flush(); err != nil {
-			return said, err
+			return said, clientError{err}
 		}
 		if n == len(buf) && n == len(small) { // a bulky answer
 			buf = make([]byte, 32<<10)
@@ -627,13 +632,14 @@ func reset(r *http.Request) {
 	}
 }
 
-// tunnel copies bytes both ways between the client and the upstream, after its 101, until either
-// closes or the drain ends.
-func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
-	upstream := resp.Body.(io.ReadWriteCloser) // as http.Response documents for a 101
+// tunnel copies bytes both ways between the client and the upstream, after its 101. Each direction is
+// copied to its own end, which is then passed on, and the tunnel ends with the second of them: who
+// has said its last may still be waiting for the other's. The end of the drain ends both.
+func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response,
+	upstream io.ReadWriteCloser) {
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		log.Printf("upgrading the connection of %s: %v", r.RemoteAddr, err)
+		log.Printf("upgrading the connection of %s: %s", r.RemoteAddr, cause(err))
 		return
 	}
 	closeBoth := func() {
@@ -653,12 +659,37 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 		return
 	}
 
+	// The first bytes of the client may be in the server's buffer already. What follows is read from
+	// the connection itself: read through that buffer, its end would cancel r.Context().
+	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
+	toUpstream := make(chan struct{})
 	go func() {
-		io.Copy(upstream, buffered.Reader) // which may hold the first bytes already
-		upstream.Close()
+		defer close(toUpstream)
+		copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client), closeBoth)
 	}()
-	io.Copy(client, upstream)
-	linger(client)
+	copyToEnd(client, upstream, closeBoth)
+	<-toUpstream
+}
+
+// copyToEnd copies from src to dst until src ends, and tells dst of it. If either breaks, the other
+// direction has lingerTime to bring over what is under way. Src is read meanwhile, as a connection
+// that is closed with bytes unread is reset, and its peer may lose what it has not read yet.
+func copyToEnd(dst io.WriteCloser, src io.Reader, closeBoth func()) {
+	_, err := io.Copy(dst, src)
+	closeWrite(dst)
+	if err != nil {
+		time.AfterFunc(lingerTime, closeBoth)
+		io.Copy(io.Discard, src)
+	}
+}
+
+// closeWrite ends what is sent on a connection, which can still be read. The upstream's connection
+// offers that from Go 1.24 on; before, it is closed altogether, a little later.
+func closeWrite(conn io.Closer) {
+	half, ok := conn.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		time.AfterFunc(lingerTime, func() { conn.Close() })
+	}
 }
 
 // earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an
@@ -702,6 +733,10 @@ type apiError struct {
 	code    string // "invalid_api_key"
 	message string
 }
+
+// errLeft is for a client that has ended its connection, or its half of it, and so can hardly read
+// this. The end of a drain looks the same.
+var errLeft = &apiError{http.StatusServiceUnavailable, "cancelled", "client left, or the proxy stopped"}
 
 // write answers with the error in the form of OpenAI's.
 func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
@@ -748,41 +783,92 @@ func linger(client net.Conn) {
 func failure(err error) string {
 	var dns *net.DNSError
 	var certificate *tls.CertificateVerificationError
+	var status statusError
 	var op *net.OpError
+	isOp := errors.As(err, &op)
 	step, hint := "connection broke", ""
 	switch {
-	case errors.As(err, &op) && op.Op == "proxyconnect":
+	case isOp && op.Op == "proxyconnect", errors.As(err, &status) && status.who == "HTTPS_PROXY":
 		step, hint = "connection failed", "; hint: HTTPS_PROXY names the proxy that failed"
 	case errors.As(err, &dns):
 		step, hint = "DNS lookup failed", "; hint: check TARGET_URL's host name, and this host's DNS"
 	case errors.As(err, &certificate):
 		step, hint = "certificate not trusted", "; hint: name a file with your own CA in SSL_CERT_FILE, "+
 			"unless its dates or names are wrong"
-	case errors.As(err, &op) && op.Op == "dial":
+	case isOp && op.Op == "dial":
 		step, hint = "connection failed", "; hint: a firewall? HTTPS_PROXY names a proxy to go through"
-	case errors.Is(err, context.DeadlineExceeded):
-		step = "no answer in time"
 	}
-	return printable(step + ": " + unquoted(err).Error() + hint)
+	return step + ": " + cause(err) + hint
 }
 
 // roleName is the role that lets an identity use the models of a resource.
 const roleName = "Cognitive Services OpenAI User"
 
+// unpacked is the beginning of an answer's body without its compression, which the client asked
+// for. Of a compression that the standard library does not know it is empty.
+func unpacked(body []byte, header http.Header) []byte {
+	var r io.Reader
+	var err error
+	switch strings.ToLower(header.Get("Content-Encoding")) {
+	case "", "identity":
+		return body
+	case "gzip", "x-gzip":
+		r, err = gzip.NewReader(bytes.NewReader(body))
+	case "deflate": // is zlib (RFC 9110 §8.4.1.2)
+		r, err = zlib.NewReader(bytes.NewReader(body))
+	default:
+		return nil
+	}
+	if err != nil {
+		return nil
+	}
+	plain, _ := io.ReadAll(io.LimitReader(r, maxSaid)) // the error is that the beginning ends
+	return plain
+}
+
 // explain says what an answer means that is not as it should be, and what to do about it.
-func explain(resp *http.Response, said []byte, t token) string {
-	text := "answered " + resp.Status
-	if hint := remedy(resp.StatusCode, strings.ToLower(string(said)), t); hint != "" {
-		text += "; hint: " + hint
+func (f *forwarder) explain(resp *http.Response, said []byte, t token) string {
+	text := "answered " + statusText(resp.StatusCode)
+	if code := reason(said); code != "" && code != strconv.Itoa(resp.StatusCode) {
+		text += ": " + f.secrets.safe(code, maxPiece)
+	}
+	if hint := remedy(resp, strings.ToLower(string(said)), t); hint != "" {
+		text += "; hint: " + f.secrets.safe(hint, maxPiece)
 	}
 	if after := resp.Header.Get("Retry-After"); after != "" {
-		text += "; Retry-After: " + after
+		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
+	}
+	return text
+}
+
+// reason is the code of a refusal, and the parameter that it is about. The message is left out, as it
+// may quote a prompt, and so is what does not look like an identifier.
+func reason(body []byte) string {
+	var answer struct {
+		Error struct{ Code, Type, Param any }
+	}
+	if json.Unmarshal(body, &answer) != nil {
+		return ""
+	}
+	text := cmp.Or(identifier(answer.Error.Code), identifier(answer.Error.Type)) // Claude has no code
+	if param := identifier(answer.Error.Param); param != "" {
+		text += " (param " + param + ")"
+	}
+	return strings.TrimSpace(text)
+}
+
+// identifier is a JSON string such as "messages[0].content", or empty.
+func identifier(value any) string {
+	text, _ := value.(string)
+	if len(text) > 64 || !consistsOf(text, letters+digits+"_-.[]") {
+		return ""
 	}
 	return text
 }
 
 // remedy is what to do about a usual refusal of the token t. What was said is in lower case.
-func remedy(status int, said string, t token) string {
+func remedy(resp *http.Response, said string, t token) string {
+	status := resp.StatusCode
 	says := func(word string) bool { return strings.Contains(said, word) }
 	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden
 	c := t.claims()
@@ -804,6 +890,8 @@ func remedy(status int, said string, t token) string {
 	case forbidden && (says("firewall") || says("private") || says("network")):
 		return "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
+	case said == "" && resp.Header.Get("Content-Encoding") != "" && (unauthorized || forbidden):
+		return "the body, which says why, is compressed: aoai-proxy -check reads it"
 	case unauthorized || forbidden && says("permission"):
 		return "the identity with object id " + c.Object + " lacks the role " + roleName +
 			" on the resource (a new assignment takes minutes to work)"
@@ -827,15 +915,15 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
 		what = "client left, or the proxy stopped"
 	}
 	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
-		what += "; apim-request-id " + resp.Header.Get("Apim-Request-Id")
+		what += "; apim-request-id " + f.secrets.safe(resp.Header.Get("Apim-Request-Id"), maxPiece)
 	}
 	took := time.Since(start).Round(time.Millisecond)
-	log.Printf("%s %s://%s%s after %v: %s", req.Method, req.URL.Scheme, req.URL.Host,
-		f.redact(req.URL.RequestURI()), took, printable(what))
+	log.Printf("%s %s://%s%s after %v: %s", f.secrets.safe(req.Method, maxPiece), req.URL.Scheme,
+		req.URL.Host, f.redact(req.URL.RequestURI()), took, what)
 }
 
-// redact is a request target for the log: without credentials, not at all if the key is elsewhere
-// in it, and quoted if it has bytes that could forge a line or hide in it.
+// redact is a request target for the log: without credentials, not at all if a secret is in it once
+// it is decoded, and quoted if it has bytes that could forge a line or hide in it.
 func (f *forwarder) redact(uri string) string {
 	if !strings.HasPrefix(uri, "/") {
 		return "(no path)" // but a URL, say, that holds a password
@@ -844,12 +932,16 @@ func (f *forwarder) redact(uri string) string {
 	if found {
 		path += "?" + cutCredentials(query)
 	}
-	plain := func(s string) string { return strings.ReplaceAll(unescape(s), "+", " ") }
-	if f.key != "" && strings.Contains(plain(path), plain(f.key)) {
+	form, err := url.QueryUnescape(path)
+	if err != nil {
+		return f.redact(uri[:strings.Index(uri, "?")]) + "?(malformed)"
+	}
+	plain, _ := url.PathUnescape(path) // in which + is no space
+	if f.secrets.redact(form) != form || f.secrets.redact(plain) != plain {
 		return "REDACTED"
 	}
 	if !isPrintableASCII(path) {
-		return strconv.QuoteToASCII(path)
+		path = strconv.QuoteToASCII(path)
 	}
-	return path
+	return f.secrets.safe(path, maxPiece)
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
+	"compress/zlib"
 	"context"
 	"crypto/sha1"
 	"crypto/tls"
@@ -16,6 +18,7 @@ import (
 	goversion "go/version"
 	"io"
 	"log"
+	"math/rand"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -215,6 +218,7 @@ type program struct {
 	*exec.Cmd
 	stdout bytes.Buffer
 	stderr logLines // closed when the process has ended
+	pipe   io.Closer
 }
 
 // startProgram starts aoai-proxy with no environment but env, in a directory that has no file but,
@@ -241,6 +245,7 @@ func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *progra
 	}
 	p.Stdout = &p.stdout
 	stderr, err := p.StderrPipe()
+	p.pipe = stderr
 	if err == nil {
 		err = p.Start()
 	}
@@ -269,6 +274,15 @@ func (p *program) end() (status int, stderr []string) {
 	return p.ProcessState.ExitCode(), stderr
 }
 
+// listens returns the address that the program says it listens on.
+func (p *program) listens(t testing.TB) string {
+	t.Helper()
+	line, _ := p.stderr.waitFor(t, "proxy listening on ")
+	_, line, _ = strings.Cut(line, "listening on ")
+	addr, _, _ := strings.Cut(line, " ➜ ")
+	return addr
+}
+
 // nobody listens there: it is a port below 1024 that no test is given.
 const nobody = "http://127.0.0.1:1"
 
@@ -292,6 +306,13 @@ func TestSettings(t *testing.T) {
 		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
 		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
 		{"any port", "PORT", " 0", "port=0 "},
+		{"host in capitals", "TARGET_URL", "http://LOCALHOST:1/openai/", "http://localhost:1/openai/ "},
+		{"final dot", "TARGET_URL", "http://localhost.:1/openai/", "http://localhost.:1/openai/ "},
+		{"US Government, final dot", "TARGET_URL", "https://a.azure.us./openai/", scope + ".us/.default "},
+		{"proxy", "HTTPS_PROXY", "http://jane:Ses%25ame@127.0.0.1:3128", "port=8081"},
+		{"proxy without scheme", "HTTPS_PROXY", "proxy.example:3128", "port=8081"},
+		{"proxy, lower case", "https_proxy", "socks5://127.0.0.1", "port=8081"},
+		{"HTTP_PROXY, which is not used", "HTTP_PROXY", "http://jane:Ses%ame@127.0.0.1", "port=8081"},
 		{"debug in capitals", "AZURE_LOG_LEVEL", "DEBUG", "debug=true"},
 	}
 	for _, tt := range tests {
@@ -310,6 +331,7 @@ func TestSettings(t *testing.T) {
 }
 
 func TestBadSettingIsNamedWithARightValue(t *testing.T) {
+	const encoded = "percent-encoded"
 	const aBase, https, zero = "https://my-aoai.openai.azure.com/openai/", "want https", "from 0 to 65535 such as 8081"
 	tests := []struct{ name, variable, value, right string }{
 		{"target unset", "TARGET_URL", "", aBase},
@@ -328,6 +350,14 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 		{"http with a password", "TARGET_URL", "http://user:s3cret@b.example/openai/?api-key=s3cret", https},
 		{"http for a name that begins with localhost", "TARGET_URL", "http://localhost.example/openai/", https},
 		{"http for a name that begins with 127.0.0.1", "TARGET_URL", "http://127.0.0.1.example/openai/", https},
+		{"target escaped twice", "TARGET_URL", "https://b.example/openai/%252e%252e/s3cret", aBase},
+		{"proxy with a bare %", "HTTPS_PROXY", "http://jane:s3cret%ame@127.0.0.1:3128", encoded},
+		{"proxy with a bare %, lower case", "https_proxy", "http://jane:s3cret%ame@127.0.0.1", encoded},
+		{"proxy with a bare #", "HTTPS_PROXY", "http://jane:s3cret#a@127.0.0.1:3128", encoded},
+		{"proxy with a bare /", "HTTPS_PROXY", "http://jane:s3cret/a@127.0.0.1:3128", encoded},
+		{"proxy with a bare %, no scheme", "HTTPS_PROXY", "jane:s3cret%ame@127.0.0.1:3128", encoded},
+		{"proxy in white space", "HTTPS_PROXY", " http://jane:s3cret@127.0.0.1:3128", encoded},
+		{"proxy for another protocol", "HTTPS_PROXY", "ftp://jane:s3cret@127.0.0.1", encoded},
 		{"port that is a name", "PORT", "http", zero},
 		{"port above 65535", "PORT", "65536", zero},
 		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
@@ -362,46 +392,65 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 func TestDotEnv(t *testing.T) {
 	tests := []struct{ name, text, want string }{
 		{"nothing", "", `map[]`},
-		{"plain", "A=1\nB_2=x y", `map["A":"1" "B_2":"x y"]`},
-		{"blank lines and comments", "\n# A=0\n  # B=0\n\nA=1\n", `map["A":"1"]`},
-		{"white space", " A = 1 \n\tB\t=\t2\t", `map["A":"1" "B":"2"]`},
-		{"export", "export A=1\n  export B='2'\nexport=3", `map["A":"1" "B":"2" "export":"3"]`},
-		{"quotes", "A=\" 1 \"\nB=' \"2\" '", `map["A":" 1 " "B":" \"2\" "]`},
-		{"no escapes, no expansion", "A=\"\\n$HOME\"\nB=$(x)", `map["A":"\\n$HOME" "B":"$(x)"]`},
-		{"empty", "A=\nB=''\nC=\"\"", `map["A":"" "B":"" "C":""]`},
-		{"inline comment", "A=1 # one\nB='2' # two\nC=\"3\"# three\nD= # four", `map["A":"1" "B":"2" "C":"3" "D":""]`},
-		{"# in a value", "A=1#2\nB='1 # 2'\nC=#3", `map["A":"1#2" "B":"1 # 2" "C":"#3"]`},
-		{"CRLF", "A=1\r\nB='2'\r\n\r\n", `map["A":"1" "B":"2"]`},
-		{"BOM", "\ufeffA=1\nB=2", `map["A":"1" "B":"2"]`},
-		{"last one counts", "A=1\nA=2", `map["A":"2"]`},
+		{"plain", "PORT=1\nEXPECTED_KEY=x y", `map["EXPECTED_KEY":"x y" "PORT":"1"]`},
+		{"blank lines and comments", "\n# HOST=0\n  # HOST=0\n\nPORT=1\n", `map["PORT":"1"]`},
+		{"white space", " PORT = 1 \n\tHOST\t=\t2\t", `map["HOST":"2" "PORT":"1"]`},
+		{"export", "export PORT=1\n  export HOST='2'", `map["HOST":"2" "PORT":"1"]`},
+		{"export and a tab", "export\tPORT=1\nexport \t HOST=2", `map["HOST":"2" "PORT":"1"]`},
+		{"quotes", "PORT=\" 1 \"\nHOST=' \"2\" '", `map["HOST":" \"2\" " "PORT":" 1 "]`},
+		{"no escapes, no expansion", "PORT=\"\\n$HOME\"\nHOST=$(x)",
+			`map["HOST":"$(x)" "PORT":"\\n$HOME"]`},
+		{"empty", "PORT=\nHOST=''", `map["HOST":"" "PORT":""]`},
+		{"inline comment", "PORT=1 # one\nHOST='2' # two\nEXPECTED_KEY=\"3\"# three",
+			`map["EXPECTED_KEY":"3" "HOST":"2" "PORT":"1"]`},
+		{"# in a value", "PORT=1#2\nHOST='1 # 2'\nEXPECTED_KEY=#3",
+			`map["EXPECTED_KEY":"#3" "HOST":"1 # 2" "PORT":"1#2"]`},
+		{"CRLF", "PORT=1\r\nHOST='2'\r\n\r\n", `map["HOST":"2" "PORT":"1"]`},
+		{"BOM", "\ufeffPORT=1\nHOST=2", `map["HOST":"2" "PORT":"1"]`},
+		{"last one counts", "PORT=1\nPORT=2", `map["PORT":"2"]`},
 
-		{"no =", "s3cret", "line 1"},
-		{"no = after lines of all kinds", "# x\r\n\r\nA=1\r\ns3cret", "line 4"},
-		{"no name", "A=1\n=s3cret", "line 2"},
-		{"name with a hyphen", "\n\ns3cret-key=1", "line 3"},
-		{"name with a space", "set A=s3cret", "line 1"},
-		{"open double quotes", "A=1\nB=\"s3cret", "line 2"},
-		{"open single quotes", "B='s3cret\"", "line 1"},
-		{"text after quotes", "B='s3cret's3cret", "line 1"},
-		{"NUL", "A=s3cret\x00", "line 1"},
-		{"UTF-16", "\xff\xfeA\x00=\x001\x00", "line 1"},
+		{"others' names", "my-var=1\nPORT-X=1\nPORT.X\nHOSTNAME=h\nexport=3\nport=1", `map[]`},
+		{"others' forms", "FOO\nOTHER=a b\nA='1\n=1\nset PORT=1\n\xff\xff", `map[]`},
+		{"a PEM over lines", "KEY=\"-----BEGIN KEY-----\nMIIE+/=\n-----END KEY-----\"\nPORT=1",
+			`map["PORT":"1"]`},
+		{"what says whom to trust", "HTTPS_PROXY=http://p\nexport SSL_CERT_FILE=f\nno_proxy\n" +
+			"IDENTITY_ENDPOINT = u\nGODEBUG=x\nHTTPS_PROXY=q\nPORT=1", `map["PORT":"1"] refused ` +
+			`["HTTPS_PROXY" "SSL_CERT_FILE" "no_proxy" "IDENTITY_ENDPOINT" "GODEBUG"]`},
+
+		{"no =", "EXPECTED_KEY s3cret", "line 1"},
+		{"name alone", "EXPECTED_KEY", "line 1"},
+		{"colon", "\nEXPECTED_KEY: s3cret", "line 2"},
+		{"no = after lines of all kinds", "# x\r\n\r\nA=1\r\nexport PORT s3cret", "line 4"},
+		{"open double quotes", "A=1\nEXPECTED_KEY=\"s3cret", "line 2"},
+		{"open single quotes", "EXPECTED_KEY='s3cret\"", "line 1"},
+		{"text after quotes", "EXPECTED_KEY='s3cret's3cret", "line 1"},
+		{"UTF-16", "\xff\xfeP\x00O\x00", "save it as UTF-8"},
+		{"UTF-16, big-endian", "\xfe\xff\x00P\x00O", "save it as UTF-8"},
+		{"UTF-16 without a mark", "P\x00O\x00", "save it as UTF-8"},
 	}
 	for _, tt := range tests {
-		vars, err := parseDotEnv(tt.text)
-		got, want := fmt.Sprintf("%q", vars), tt.want
-		if err != nil {
-			got, want = err.Error(), want+`: want NAME=value, NAME="value" or # comment`
+		file, err := parseDotEnv(tt.text)
+		got, want := fmt.Sprintf("%q", file.values), tt.want
+		if len(file.refused) > 0 {
+			got += fmt.Sprintf(" refused %q", file.refused)
 		}
-		if got != want {
+		if err != nil {
+			got = err.Error()
+		}
+		if strings.HasPrefix(want, "line") {
+			want += `: want NAME=value or NAME="value"`
+		}
+		if got != want && !(strings.HasPrefix(want, "save") && strings.Contains(got, want)) {
 			t.Errorf("%s: got %q, want %q", tt.name, got, want)
 		}
 	}
 }
 
-// FuzzDotEnv: what is read can be set in an environment and is read again from what it is written
-// as, and an error depends on nothing but the number of a line.
+// FuzzDotEnv: what is read of a setting is in the file, and is read again from what it is written as;
+// an error depends on nothing but the number of a line.
 func FuzzDotEnv(f *testing.F) {
-	for _, seed := range []string{"", "A=1\nexport B='2' # two\r\n", "\ufeffA=\"1\"", "A='", "x", "A=\x00", "=\n#"} {
+	for _, seed := range []string{"", "PORT=1\nexport HOST='2' # two\r\n", "\ufeffPORT=\"1\"", "PORT='",
+		"x", "PORT=\x00", "=\n#", "export\tEXPECTED_KEY=k", "HTTPS_PROXY=p\nSSL_CERT_FILE"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -409,13 +458,16 @@ func FuzzDotEnv(f *testing.F) {
 		if err != nil {
 			number, rest, _ := strings.Cut(strings.TrimPrefix(err.Error(), "line "), ":")
 			n, _ := strconv.Atoi(number)
-			if n < 1 || n > 1+strings.Count(text, "\n") || rest != ` want NAME=value, NAME="value" or # comment` {
+			inLine := n >= 1 && n <= 1+strings.Count(text, "\n") &&
+				rest == ` want NAME=value or NAME="value"`
+			if !inLine && !strings.HasPrefix(err.Error(), "is not UTF-8 text; ") {
 				t.Fatalf("%q: error %v", text, err)
 			}
 			return
 		}
-		for name, value := range got {
-			if strings.ContainsAny(name, "= \t\r\n\x00") || name == "" || strings.ContainsAny(value, "\n\x00") || !strings.Contains(text, value) {
+		for name, value := range got.values {
+			if !slices.Contains(settings, name) || strings.ContainsAny(value, "\n\x00") ||
+				!strings.Contains(text, value) {
 				t.Fatalf("%q: got %q=%q", text, name, value)
 			}
 			quote := `"`
@@ -426,8 +478,8 @@ func FuzzDotEnv(f *testing.F) {
 				continue // cannot be written
 			}
 			again, err := parseDotEnv("export " + name + " = " + quote + value + quote + " # " + value)
-			if err != nil || again[name] != value {
-				t.Fatalf("%q: %s was %q, then %q, %v", text, name, value, again[name], err)
+			if err != nil || again.values[name] != value {
+				t.Fatalf("%q: %s was %q, then %q, %v", text, name, value, again.values[name], err)
 			}
 		}
 	})
@@ -450,7 +502,9 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as https://my-aoai.openai.azure.com/openai/"},
 		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
 		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "", "PORT: want a number"},
-		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "", ".env line 3: want NAME=value"},
+		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
+			".env line 3: want NAME=value"},
+		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
 		{"port in use", "", vars{"TARGET_URL": target, "PORT": port}, "", "want a free port such as 8082"},
 		{"port in use, with a key", "", vars{"TARGET_URL": target, "PORT": port, "HOST": "127.0.0.1", "EXPECTED_KEY": "s3cret"}, "", port},
 		{"unknown flag", "", vars{"TARGET_URL": target}, "-port=1", "-port"},
@@ -527,6 +581,66 @@ func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
 	_, before := startProgram(t, "", env).stderr.waitFor(t, "EXPECTED_KEY")
 	if log := strings.Join(before, "\n"); strings.Contains(log, ".env") || !strings.Contains(log, "listening on 127.0.0.1:") {
 		t.Errorf("without .env the log says %s", log)
+	}
+}
+
+// TestDotEnvCannotTakeTheToken has a .env name a proxy and a certificate of somebody else's. The
+// environment names a proxy in lower case, which counts less to the Go library.
+func TestDotEnvCannotTakeTheToken(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("https_proxy is HTTPS_PROXY there")
+	}
+	identity := newFakeIdentity(t)
+	forged := newUpstream(t, func(w http.ResponseWriter, r *http.Request) { t.Errorf("%s came here", r.URL) })
+	right := rawAnswer(t, "HTTP/1.1 403 No\r\n\r\n")
+	dotEnv := "HTTPS_PROXY=" + forged.URL + "\nSSL_CERT_FILE=evil.pem\nGODEBUG=x509ignoreCN=0\n" +
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST=" + forged.URL + "\nEXPECTED_KEY=s3cret\nPORT=1\nmy-var=1\n"
+	p := startProgram(t, dotEnv, vars{"TARGET_URL": "https://resource.example/openai/", "PORT": "0",
+		"HOST": "127.0.0.1", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "https_proxy": right.URL})
+	line, _ := p.stderr.waitFor(t, "read .env")
+	if !strings.HasSuffix(line, "for what the environment leaves out: EXPECTED_KEY") {
+		t.Errorf("got %q, want the name of what is taken", line)
+	}
+	line, _ = p.stderr.waitFor(t, "warning: not taken from .env")
+	if !strings.HasSuffix(line, ": HTTPS_PROXY, SSL_CERT_FILE, GODEBUG, AZURE_POD_IDENTITY_AUTHORITY_HOST") {
+		t.Errorf("got %q, want the names of what is not taken", line)
+	}
+	req, _ := http.NewRequest("GET", "http://"+p.listens(t)+"/v1/models", nil)
+	req.Header.Set("api-key", "s3cret")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if body, _ := io.ReadAll(resp.Body); !strings.Contains(string(body), "HTTPS_PROXY answered 403") {
+		t.Errorf("got %s, want the answer of the environment's proxy", body)
+	}
+}
+
+// TestDirectoryNamedDotEnvIsNone: Python keeps environments in such a one.
+func TestDirectoryNamedDotEnvIsNone(t *testing.T) {
+	dir := t.TempDir()
+	if file, err := readDotEnv(dir); err != nil || file.exists {
+		t.Errorf("got %+v, %v", file, err)
+	}
+}
+
+// TestLostLogEndsNothing: whoever reads stderr may go away.
+func TestLostLogEndsNothing(t *testing.T) {
+	identity := newFakeIdentity(t)
+	p := startProgram(t, "", vars{"TARGET_URL": nobody + "/openai/", "PORT": "0", "HOST": "127.0.0.1",
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+	addr := p.listens(t)
+	p.pipe.Close()
+	for range 3 {
+		resp, err := http.Get("http://" + addr + "/v1/models")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 502 {
+			t.Errorf("got %d, want 502", resp.StatusCode)
+		}
 	}
 }
 
@@ -712,6 +826,7 @@ func TestStreamsAndTunnelsOutliveSignal(t *testing.T) {
 		}
 	}
 	writeFrame(conn, 8, nil)
+	conn.Close()
 	lines.waitFor(t, "stopped")
 	<-p.stopped
 }
@@ -755,6 +870,7 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 					t.Errorf("after the signal the tunnel: %v", err)
 				}
 				writeFrame(conn, 8, nil)
+				conn.Close()
 			}
 			status, stderr := p.end()
 			if status != 0 || !strings.Contains(strings.Join(stderr, "\n"), " stopped") {
@@ -903,6 +1019,76 @@ func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
 	}
 }
 
+// TestReadyzTellsTheCauseToThisHostOnly, as the endpoint's words are nobody else's business.
+func TestReadyzTellsTheCauseToThisHostOnly(t *testing.T) {
+	captureLog(t)
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
+	p := startProxy(t, identity, newUpstream(t, nil), nil)
+	for _, tt := range []struct{ caller, want string }{
+		{"127.0.0.1:5000", "no token: IMDS at "},
+		{"[::1]:5000", "no token: IMDS at "},
+		{"192.0.2.1:5000", "no token\n"},
+		{"[2001:db8::1]:5000", "no token\n"},
+		{"", "no token\n"},
+	} {
+		r := httptest.NewRequest("GET", "/readyz", nil)
+		r.RemoteAddr = tt.caller
+		w := httptest.NewRecorder()
+		p.ServeHTTP(w, r)
+		told := strings.Contains(w.Body.String(), "Identity not found")
+		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), tt.want) || told != strings.Contains(tt.want, "IMDS") {
+			t.Errorf("%q: got %d %q, want 503 %q", tt.caller, w.Code, w.Body, tt.want)
+		}
+	}
+}
+
+// TestHTTP10ConnectionsEndWithTheirAnswer: the server ignores the framing of a chunked body there, and
+// would take the body for the next request (golang/go#12785).
+func TestHTTP10ConnectionsEndWithTheirAnswer(t *testing.T) {
+	logged := captureLog(t)
+	var forwarded atomic.Int64
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		forwarded.Add(1)
+		w.Header().Set("Connection", "Connection, X-Hop")
+		w.Header().Set("X-Hop", "h")
+		w.WriteHeader(201)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
+	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+	chunk := fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(smuggled), smuggled)
+	for _, tt := range []struct {
+		line   string
+		status string
+	}{
+		{"POST /p", "HTTP/1.0 201 "},
+		{"GET /p", "HTTP/1.0 201 "},
+		{"GET /healthz", "HTTP/1.0 200 "},
+		{"HEAD /", "HTTP/1.0 200 "},
+		{"GET /readyz", "HTTP/1.0 200 "},
+		{"POST /../p", "HTTP/1.0 400 "},
+		{"TRACE /p", "HTTP/1.0 405 "},
+	} {
+		before := forwarded.Load()
+		for _, rest := range []string{smuggled, chunk} {
+			_, r := p.dial(t, tt.line+" HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"+
+				"Transfer-Encoding: chunked\r\n\r\n"+rest)
+			got, err := io.ReadAll(r)
+			if errors.Is(err, os.ErrDeadlineExceeded) || !strings.HasPrefix(string(got), tt.status) ||
+				strings.Count(string(got), "HTTP/1.") != 1 ||
+				!strings.Contains(string(got), "\r\nConnection: close\r\n") {
+				t.Errorf("%s: got %q, %v; want one answer and the connection's end", tt.line, got, err)
+			}
+		}
+		if n := forwarded.Load() - before; n > 2 {
+			t.Errorf("%s: %d requests were forwarded", tt.line, n)
+		}
+	}
+	if strings.Contains(logged.String(), "smuggled") {
+		t.Errorf("a body became a request: %s", logged)
+	}
+}
+
 // TestTLSOffersWhatTodaysGoOffers looks at the ClientHello for what "go 1.22" in go.mod would bring
 // back, and at the way to have it back in need.
 func TestTLSOffersWhatTodaysGoOffers(t *testing.T) {
@@ -969,6 +1155,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		return reply{status, fmt.Sprintf(`{"error":{"code":%q,"message":%q}}`, code, message)}
 	}
 	token := gives(cognitive, object)
+	claude := reply{400, `{"type":"error","error":{"type":"invalid_request_error","message":"model: Field required"}}`}
 	long := jwt(cognitive, strings.Repeat("0", 3000))
 	const role = "az role assignment create --assignee-object-id "
 
@@ -980,8 +1167,13 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 	identity := newFakeIdentity(t)
 	identity.answerWith(func(w http.ResponseWriter, r *http.Request) { writeJSON(w, identityReply.status, identityReply.body) })
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != "GET" || !strings.Contains(identityReply.body, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")) {
-			t.Errorf("%s %s with %v", r.Method, r.URL, r.Header)
+		body, _ := io.ReadAll(r.Body)
+		asked := r.Method + " " + r.RequestURI + " " + string(body)
+		message := strings.HasPrefix(asked, "POST /anthropic/v1/messages") && string(body) == "{}" &&
+			r.Header.Get("Anthropic-Version") != "" && r.Header.Get("Content-Type") == "application/json"
+		token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if r.Method != "GET" && !message || !strings.Contains(identityReply.body, token) {
+			t.Errorf("%s with %v", asked, r.Header)
 		}
 		writeJSON(w, upstreamReply.status, upstreamReply.body)
 	})
@@ -997,7 +1189,22 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"everything fine", target, token, reply{200, `{}`}, []string{"object id " + object, "tenant tenant-1", "client id client-1", "/openai/models?api-version=2024-10-21: answered 200"}},
 		{"everything fine, v1", target + "v1/", token, reply{200, `{}`}, []string{"ok    TCP: connected to 127.0.0.1:", "/openai/v1/models: answered 200", "audience " + cognitive}},
 		{"opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)}, reply{200, `{}`}, []string{"ok    upstream: "}},
-		{"service without a list of models", upstream.URL + "/anthropic/", token, reply{404, "\x1b[2J"}, []string{"ok    upstream: ", "as services other than Azure OpenAI may"}},
+		{"service without a list of models", upstream.URL + "/models/", token, reply{404, "\x1b[2J"},
+			[]string{"ok    upstream: ", "answered 404 Not Found, as services without a list of models do"}},
+		{"Claude", upstream.URL + "/anthropic/", token, claude, []string{"ok    upstream: ",
+			"POST " + upstream.URL + "/anthropic/v1/messages: answered 400 Bad Request: invalid_request_error"}},
+		{"path as the proxy has it", upstream.URL + "/a//openai/", token, reply{200, `{}`},
+			[]string{"ok    upstream: GET " + upstream.URL + "/a//openai/models?api-version=2024-10-21: "}},
+
+		{"pasted URL of Claude", upstream.URL + "/anthropic/v1/messages/", token, said(404, "404", "no"),
+			[]string{"FAIL  upstream: ", "hint: there is no such path: check TARGET_URL"}},
+		{"Claude answers an empty message", upstream.URL + "/anthropic/", token, reply{200, `{}`},
+			[]string{"FAIL  upstream: "}},
+		{"Claude at a regional endpoint", upstream.URL + "/anthropic/", token,
+			said(400, "BadRequest", "Please provide a custom subdomain for token authentication"),
+			[]string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens"}},
+		{"role missing, to an opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)},
+			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
 
 		{"bad setting", "http://10.0.0.4/", token, reply{}, []string{"FAIL  settings: TARGET_URL: ", "want https"}},
 		{"no identity", target, reply{400, noIdentity}, reply{}, []string{"FAIL  token: ", "answered 400: invalid_request: Identity not found", "hint: assign a managed identity to this host"}},
@@ -1009,6 +1216,9 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"refused for another reason", target, token, said(403, "AuthenticationTypeDisabled", "Key based authentication is disabled for this resource."), []string{"FAIL  upstream: ", "a policy or network rule", "it says: AuthenticationTypeDisabled: Key based"}},
 		{"right audience", target, token, said(401, "401", "Access token is missing, invalid, audience is incorrect (https://cognitiveservices.azure.com), or have expired."), []string{"FAIL  upstream: ", "the token's audience is right: check this host's clock"}},
 		{"token echoed", target, reply{200, tokenAnswer(long, time.Hour)}, said(500, "500", "not this one: "+long), []string{"FAIL  upstream: ", "it says: 500: not this one: REDACTED"}},
+		{"half a token echoed", target, reply{200, tokenAnswer(long, time.Hour)},
+			said(500, "500", "not this one: "+long[:40]+"…"),
+			[]string{"FAIL  upstream: ", "it says: 500: not this one: REDACTED…"}},
 		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "hint: there is no such path", "hint: the path of TARGET_URL has no openai in it"}},
 		{"a web page", target, token, reply{200, "<html>log in</html>"}, []string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
 		{"an empty answer", target, token, reply{200, ""}, []string{"FAIL  upstream: "}},
@@ -1016,7 +1226,8 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"regional endpoint", target, token, said(400, "BadRequest", "Please provide a custom subdomain for token authentication, otherwise API key is required."), []string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens", "https://NAME.openai.azure.com/openai/"}},
 		{"key-only gateway", target, token, reply{401, `{"statusCode":401,"message":"Access denied due to missing subscription key. Make sure to include subscription key when making requests to an API."}`}, []string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
 		{"wrong path", target, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "answered 404", "hint: there is no such path: check TARGET_URL"}},
-		{"nobody listens", nobody + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "no answer from 127.0.0.1:", "connection failed", "refused"}},
+		{"nobody listens", nobody + "/openai/", token, reply{}, []string{"FAIL  upstream: ",
+			"no answer from 127.0.0.1:1: connection failed: dial tcp 127.0.0.1:1: ", "hint: a firewall?"}},
 		{"untrusted certificate", untrusted.URL + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "certificate not trusted", "hint: name a file with your own CA in SSL_CERT_FILE"}},
 	}
 	for _, tt := range tests {
@@ -1036,7 +1247,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			if (err != nil) != failed || strings.Count(out, "FAIL") != strings.Count(tt.want[0], "FAIL") {
 				t.Errorf("got error %v, want one: %v", err, failed)
 			}
-			if strings.Contains(out, "listen: ") != (tt.target != "http://10.0.0.4/") || strings.Contains(out, "\x1b") {
+			if strings.Contains(out, "to listen on 127.0.0.1:8081") != (tt.target != "http://10.0.0.4/") || strings.Contains(out, "\x1b") {
 				t.Error("does not say where it would listen, or has control characters")
 			}
 			for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
@@ -1229,9 +1440,11 @@ func TestCredentialsAreCutFromTheQuery(t *testing.T) {
 func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
 	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|OpenAI-Beta: b|x-stainless-lang: l|" +
 		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: 1|X-Codex-Turn-State: t|" +
-		"x-ms-oai-image-generation-deployment: d|Idempotency-Key: k|traceparent: p|Range: bytes=0-1|extra-parameters: drop"
+		"x-ms-oai-image-generation-deployment: d|Idempotency-Key: k|traceparent: p|Range: bytes=0-1|extra-parameters: drop|" +
+		"x-ms-useragent: a|x-ms-return-client-request-id: true|x-ms-enable-preview: true|Foundry-Features: Skills=V1Preview"
 	const kept = "Cookie: c|Origin: http://localhost|Referer: r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
-		"X-Real-Ip: i|X-Ms-Forwarded-Client-Ip: i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: k|Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
+		"X-Real-Ip: i|X-Ms-Client-Ip: i|X-Ms-Adfs-Proxy-Client-Ip: i|X-Ms-Proxy: p|X-Ms-Access-Token: t|X-Ms-Auth-Token: t|" +
+		"Openai-Key: k|X-Openai-Token: t|Anthropic-Cookie: c|X-Ms-Forwarded-Client-Ip: i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: k|Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
 		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: p|X-Http-Method-Override: DELETE|" +
 		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: none|Upgrade: h2c|" +
 		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: named|X-Unknown: x"
@@ -1279,6 +1492,10 @@ func TestPathAndQueryGoAsTheyCame(t *testing.T) {
 		{"escapes beside odd bytes", "/openai/", "/files/a%2Fb\"<>^`{|}", "/openai/files/a%2Fb\"<>^`{|}"},
 		{"unicode, escaped and raw", "/openai/", "/files/%C3%BC\xc3\xbc", "/openai/files/%C3%BC\xc3\xbc"},
 		{"double slash", "/openai/", "/files//a", "/openai/files//a"},
+		{"slash added to a base URL", "/openai/", "//openai/deployments/x", "/openai/deployments/x"},
+		{"slashes before v1", "/openai/", "///v1/models", "/openai/v1/models"},
+		{"slashes alone", "/openai/", "//", "/openai/"},
+		{"slashes within TARGET_URL", "/a//openai/", "//openai/models", "/a//openai/models"},
 		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
 		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a", "/openai/x?b=1;a=%zz&a=%20+&a"},
 		{"empty query", "/openai/", "/x?", "/openai/x?"},
@@ -1317,6 +1534,15 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 		{"escaped digit by digit", "GET /%25%32%65%25%32%65/metadata", 400},
 		{"escaped many times", "GET /%2525252525252525252525252e./metadata", 400},
 		{"parameter", "GET /..;a=b/metadata", 400},
+		{"overlong slash", "GET /..%c0%af..%c0%afsecret", 400},
+		{"overlong dots", "GET /%c0%ae%c0%ae/x", 400},
+		{"overlong slash of three bytes", "GET /..%e0%80%af..%e0%80%afsecret", 400},
+		{"overlong slash, not escaped", "GET /..\xc0\xafsecret", 400},
+		{"overlong slash, escaped twice", "GET /..%25c0%25afsecret", 400},
+		{"surrogate", "GET /%ed%a0%80", 400},
+		{"cut in a rune", "GET /%c3", 400},
+		{"percent sign escaped twice", "GET /100%2525", 400},
+		{"dots behind slashes", "GET //../metadata", 400},
 		{"after openai", "GET /openai/../metadata", 400},
 		{"absolute-form", "GET http://169.254.169.254/metadata", 400},
 		{"absolute-form of a probe", "GET http://169.254.169.254/", 400},
@@ -1351,10 +1577,14 @@ func TestWebPagesCannotDriveIt(t *testing.T) {
 		{"IPv4 literal", "Host: 127.0.0.1:8081", 200},
 		{"IPv6 literal", "Host: [::1]:8081", 200},
 		{"own origin", "Host: localhost:8081\r\nOrigin: http://localhost:8081\r\nSec-Fetch-Site: same-origin", 200},
+		{"capitals", "Host: LOCALHOST:8081", 200},
+		{"final dot", "Host: localhost.", 200},
+		{"origin in capitals", "Host: localhost\r\nOrigin: http://LOCALHOST:3000", 200},
 		{"typed by the user", "Host: localhost:8081\r\nSec-Fetch-Site: none", 200},
 
 		{"rebound name", "Host: attacker.example:8081", 403},
 		{"name that begins like localhost", "Host: localhost.attacker.example", 403},
+		{"two final dots", "Host: localhost..", 403},
 		{"name that ends like localhost", "Host: attacker.localhost", 403},
 		{"any address", "Host: 0.0.0.0:8081", 403},
 		{"empty host", "Host:", 403},
@@ -1455,6 +1685,10 @@ func TestAnswersPassUntouched(t *testing.T) {
 		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4", "\x1f\x8b\x08\x00"},
 		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\nX-End: e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
 		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b", ""},
+		{"about the upstream's host", "GET", "HTTP/1.1 200 OK\r\nStrict-Transport-Security: max-age=1\r\n" +
+			"Alt-Svc: h3=\":443\"\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"Connection that names itself", "GET", "HTTP/1.1 200 OK\r\nConnection: connection, content-type\r\n" +
+			"Content-Type: a\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
 		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no", ""},
 		{"event stream with a choice", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\nX-Accel-Buffering: yes\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: yes", ""},
 		{"early hints", "GET", "HTTP/1.1 103 Early Hints\r\nLink: l\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "Link: l\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0", ""},
@@ -1898,9 +2132,9 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 		{"certificate", untrusted.URL, "certificate not trusted"},
 		{"hang-up", rawAnswer(t, "").URL, "connection broke"},
 		{"garbage", rawAnswer(t, "\x1b[31mSSH-2.0\r\n\r\n").URL, "connection broke"},
-		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unasked status 101"},
-		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unasked status 000"},
-		{"token outside of HTTP", rawAnswer(t, "Bearer token-1\r\n\r\n").URL, "what came back is not HTTP"},
+		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unasked, answered 101 Switching Protocols"},
+		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unasked, answered 0"},
+		{"token outside of HTTP", rawAnswer(t, "Bearer token-1\r\n\r\n").URL, "the answer is not HTTP"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -1937,6 +2171,40 @@ func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
 	}
 }
 
+// TestClientThatEndsItsHalfIsToldSo, and not that the upstream failed: to the server it has gone.
+func TestClientThatEndsItsHalfIsToldSo(t *testing.T) {
+	for _, waiting := range []string{"for the token", "for the answer"} {
+		t.Run(waiting, func(t *testing.T) {
+			logged := captureLog(t)
+			asked := make(chan bool, 9)
+			hold := func(w http.ResponseWriter, r *http.Request) {
+				asked <- true
+				<-r.Context().Done()
+			}
+			identity := newFakeIdentity(t)
+			if waiting == "for the token" {
+				identity.answerWith(hold)
+			}
+			p := startProxy(t, identity, newUpstream(t, hold), vars{"HOST": "127.0.0.1"})
+			conn, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			<-asked
+			conn.(*net.TCPConn).CloseWrite()
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != 503 || !strings.Contains(string(body), "client left, or the proxy stopped") {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+			if text := logged.String(); strings.Contains(text, "no answer from") ||
+				strings.Contains(text, "context canceled") || !strings.Contains(text, ": client left") {
+				t.Errorf("got %s", text)
+			}
+		})
+	}
+}
+
 func TestUpgrades(t *testing.T) {
 	const accepted = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Accept: a\r\n\r\nfirst frame"
 	tests := []struct {
@@ -1946,11 +2214,13 @@ func TestUpgrades(t *testing.T) {
 	}{
 		{"accepted", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 101, "first frame"},
 		{"refused", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 4\r\n\r\nnope", 426, "nope"},
-		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked status 101"},
-		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked status 101"},
-		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unasked status 101"},
-		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi", accepted, 502, "unasked status 101"},
-		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unasked status 101"},
+		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked, answered 101 Switching Protocols"},
+		{"without Connection: Upgrade", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
+			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502, "unasked, answered 101"},
+		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked, answered 101 Switching Protocols"},
+		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unasked, answered 101 Switching Protocols"},
+		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi", accepted, 502, "unasked, answered 101 Switching Protocols"},
+		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unasked, answered 101 Switching Protocols"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -2044,6 +2314,93 @@ func TestTunnelDeliversAllThatTheUpstreamSent(t *testing.T) {
 	}
 }
 
+// TestTunnelEndsInEachDirectionByItself has one side send its last bytes and shut its sending side, and
+// the other one answer only then.
+func TestTunnelEndsInEachDirectionByItself(t *testing.T) {
+	const last, answer = "last bytes of the one", "last bytes of the other"
+	answerTo := func(conn net.Conn, r io.Reader) error { // answers when the other has ended
+		got, err := io.ReadAll(r)
+		if err == nil && string(got) != last {
+			err = fmt.Errorf("got %q, want %q", got, last)
+		}
+		io.WriteString(conn, answer)
+		return errors.Join(err, conn.Close())
+	}
+	ends := func(conn net.Conn, r io.Reader) error { // ends first
+		io.WriteString(conn, last)
+		conn.(*net.TCPConn).CloseWrite()
+		got, err := io.ReadAll(r)
+		if err == nil && string(got) != answer {
+			err = fmt.Errorf("got %q, want %q", got, answer)
+		}
+		return err
+	}
+	type side func(net.Conn, io.Reader) error
+	for name, sides := range map[string]struct{ client, upstream side }{
+		"client ends first":   {ends, answerTo},
+		"upstream ends first": {answerTo, ends},
+	} {
+		if name == "client ends first" && goversion.Compare(runtime.Version(), "go1.24") < 0 {
+			continue // the upstream's connection can only be closed altogether there
+		}
+		t.Run(name, func(t *testing.T) {
+			captureLog(t)
+			done := make(chan error, 1)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				conn, buffered, err := http.NewResponseController(w).Hijack()
+				if err == nil {
+					io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+
+						"Upgrade: websocket\r\n\r\n")
+					err = sides.upstream(conn, buffered)
+					conn.Close()
+				}
+				done <- err
+			})
+			p := startProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
+			for range 20 {
+				conn, r := p.dial(t, "GET /x HTTP/1.1\r\n"+webSocketHead+"\r\n")
+				if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 101 {
+					t.Fatalf("got %v, %v", resp, err)
+				}
+				if err := errors.Join(sides.client(conn, r), <-done); err != nil {
+					t.Fatal(err)
+				}
+				conn.Close()
+			}
+		})
+	}
+}
+
+// TestTunnelEndsWhenOneSideBreaks, however long the other would go on.
+func TestTunnelEndsWhenOneSideBreaks(t *testing.T) {
+	captureLog(t)
+	ended := make(chan error, 1)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			ended <- err
+			return
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(safetyNet))
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		for err == nil { // takes no notice of an end in the other direction
+			_, err = io.WriteString(conn, "event\n")
+		}
+		ended <- err
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
+	conn, r := p.dial(t, "GET /x HTTP/1.1\r\n"+webSocketHead+"\r\n")
+	if _, err := http.ReadResponse(r, nil); err != nil {
+		t.Fatal(err)
+	}
+	conn.(*net.TCPConn).SetLinger(0)
+	conn.Close()
+	if err := <-ended; errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the tunnel is still open: %v", err)
+	}
+}
+
 func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 	logged := captureLog(t)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
@@ -2064,12 +2421,223 @@ func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 		}
 	}
 	arrival := regexp.MustCompile(`(?m)^[0-9/]+ [0-9:]+ POST /deployments/gpt-4o\?api-version=1 from 127\.0\.0\.1:\d+$`)
-	problem := regexp.MustCompile(`(?m)POST http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered 404 Not Found; ` +
+	problem := regexp.MustCompile(`(?m)POST http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered 404 Not Found: DeploymentNotFound; ` +
 		`hint: there is no deployment of this name.*; apim-request-id id-1$`)
 	if !arrival.MatchString(text) || !problem.MatchString(text) {
 		t.Errorf("got\n%s", text)
 	}
 	conn.Close()
+}
+
+// TestWhatTheUpstreamSaysIsSafeInTheLog has it repeat the Authorization it was sent, whole and in
+// part, and the client's key, wherever something of an answer is logged or told.
+func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
+	const key = "open-sesame"
+	token := "eyJ0eXAiOiJKV1Qi." + strings.Repeat("t0k3n", 300)
+	body := `{"error":{"code":"TOKEN","param":"KEY","message":"TOKEN a prompt KEY"}}`
+	tests := []struct{ name, answer, want string }{
+		{"reason phrase", "HTTP/1.1 403 TOKEN KEY\r\nContent-Length: 0\r\n\r\n", "answered 403 Forbidden"},
+		{"Retry-After", "HTTP/1.1 429 No\r\nRetry-After: TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
+			"answered 429 Too Many Requests; hint: too many requests or tokens for the deployment's quota; " +
+				"Retry-After: REDACTED REDACTED"},
+		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
+			"answered 500 Internal Server Error; apim-request-id x REDACTED REDACTED"},
+		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\nContent-Length: 0\r\n\r\n",
+			"apim-request-id REDACTED"},
+		{"at the cut", "HTTP/1.1 500 No\r\nApim-Request-Id: FILLTOKEN\r\nContent-Length: 0\r\n\r\n",
+			"xxREDA…"},
+		{"unknown status", "HTTP/1.1 529 TOKEN\r\nContent-Length: 0\r\n\r\n", ": answered 529\n"},
+		{"body", "HTTP/1.1 400 No\r\n\r\n" + body, "answered 400 Bad Request: (param REDACTED)"},
+		{"status line", "TOKEN KEY\r\n\r\n", "the answer is not HTTP"},
+		{"header line", "HTTP/1.1 200 OK\r\nTOKEN KEY\r\n\r\n", "the answer is not HTTP"},
+		{"trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nTOKEN KEY\r\n\r\n",
+			"answer cut: the answer is not HTTP"},
+		{"100", "HTTP/1.1 101 TOKEN KEY\r\n\r\n", "unasked, answered 101 Switching Protocols"},
+		{"long", "HTTP/1.1 429 No\r\nRetry-After: " + strings.Repeat("9", 900_000) +
+			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n", "999…; apim-request-id id\n"},
+		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: a\xe2\x80\xa8b\xc2\x9bc\r\nContent-Length: 0\r\n\r\n",
+			"apim-request-id a b c\n"},
+	}
+	fill := strings.NewReplacer("TOKEN", token, "KEY", key, "HALF", token[:len(token)/2],
+		"FILL", strings.Repeat("x", maxPiece-4))
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := captureLog(t)
+			identity := newFakeIdentity(t)
+			identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+				fmt.Fprint(w, tokenAnswer(token, time.Hour))
+			})
+			upstream := rawAnswer(t, fill.Replace(tt.answer))
+			p := startProxy(t, identity, upstream, vars{"EXPECTED_KEY": key, "HOST": "127.0.0.1"})
+			_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\napi-key: "+key+"\r\n\r\n")
+			answer, _ := io.ReadAll(r)
+			text := logged.String()
+			if !strings.Contains(text, tt.want) {
+				t.Errorf("got %s, want %q", text, tt.want)
+			}
+			if bytes.HasPrefix(answer, []byte("HTTP/1.1 502 ")) {
+				text += string(answer)
+			}
+			for _, never := range []string{"t0k3n", "sesame", "\xe2\x80\xa8"} {
+				if strings.Contains(text, never) {
+					t.Errorf("%q is told: %s", never, text)
+				}
+			}
+			for _, line := range strings.Split(text, "\n") {
+				if len(line) > 2500 {
+					t.Errorf("a line of %d bytes", len(line))
+				}
+			}
+
+			var out bytes.Buffer
+			check(func(name string) string {
+				return vars{"TARGET_URL": upstream.URL, "EXPECTED_KEY": key,
+					"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}[name]
+			}, &out)
+			if strings.Contains(out.String(), "t0k3n") || strings.Contains(out.String(), "sesame") {
+				t.Errorf("-check tells %s", &out)
+			}
+		})
+	}
+}
+
+// TestLogOfTheGoLibraryIsSafeToo has the upstream send the token after its answer, which net/http logs.
+func TestLogOfTheGoLibraryIsSafeToo(t *testing.T) {
+	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer(token, time.Hour)) })
+	p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1",
+		"TARGET_URL":                        rawAnswer(t, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"+token).URL,
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+	resp, err := http.Get("http://" + p.listens(t) + "/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	line, _ := p.stderr.waitFor(t, "Unsolicited response")
+	if strings.Contains(line, "t0k3n") || !strings.Contains(line, "REDACTED") {
+		t.Errorf("got %s", line)
+	}
+}
+
+// TestWhatTheClientSaysIsBoundedInTheLog: a line has some hundred bytes of it.
+func TestWhatTheClientSaysIsBoundedInTheLog(t *testing.T) {
+	logged := captureLog(t)
+	p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound), nil)
+	long := strings.Repeat("A", 20_000)
+	for _, line := range []string{"GET /" + long, "GET /x?" + long, long + " /x", "GET /x?" + long + "%zz",
+		"GET /" + strings.Repeat("%e2%80%a8", 2000)} {
+		resp, _ := p.do(t, line+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
+		if resp.StatusCode != 404 {
+			t.Errorf("%.9s: got %d", line, resp.StatusCode)
+		}
+	}
+	for _, line := range strings.Split(logged.String(), "\n") {
+		if len(line) > 1500 {
+			t.Errorf("a line of %d bytes: %.99s", len(line), line)
+		}
+	}
+}
+
+// TestRefusalsAreExplainedThoughCompressed, as the client asked for that.
+func TestRefusalsAreExplainedThoughCompressed(t *testing.T) {
+	const audience = `{"error":{"code":"401","message":"Access token is missing, invalid, audience is incorrect"}}`
+	pack := func(newWriter func(io.Writer) io.WriteCloser, text string) string {
+		var packed bytes.Buffer
+		w := newWriter(&packed)
+		io.WriteString(w, text)
+		w.Close()
+		return packed.String()
+	}
+	gzipped := func(text string) string {
+		return pack(func(w io.Writer) io.WriteCloser { return gzip.NewWriter(w) }, text)
+	}
+	deflated := pack(func(w io.Writer) io.WriteCloser { return zlib.NewWriter(w) }, audience)
+	const wrong, role = "the wrong audience", "lacks the role"
+	tests := []struct {
+		name, encoding, body string
+		status               int
+		want, not            string
+	}{
+		{"gzip", "gzip", gzipped(audience), 401, wrong, role},
+		{"gzip in capitals", "GZIP", gzipped(audience), 401, wrong, role},
+		{"x-gzip", "x-gzip", gzipped(audience), 401, wrong, role},
+		{"deflate", "deflate", deflated, 401, wrong, role},
+		{"identity", "identity", audience, 401, wrong, role},
+		{"gzip, its beginning", "gzip", gzipped(audience + random(99_000)), 401, wrong, role},
+		{"bomb", "gzip", gzipped(strings.Repeat(" ", 99<<20)), 401, "answered 401", wrong},
+		{"code", "gzip", gzipped(`{"error":{"code":"unsupported_parameter","param":"max_tokens"}}`), 400,
+			"answered 400 Bad Request: unsupported_parameter (param max_tokens)\n", "hint"},
+		{"brotli", "br", "\x0b\x02\x80", 401, "aoai-proxy -check reads it", role},
+		{"two encodings", "gzip, br", gzipped(audience), 401, "aoai-proxy -check reads it", role},
+		{"not gzip", "gzip", audience, 401, "aoai-proxy -check reads it", role},
+		{"brotli, a 429", "br", "\x0b\x02\x80", 429, "too many requests", role},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := captureLog(t)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Encoding", tt.encoding)
+				w.WriteHeader(tt.status)
+				io.WriteString(w, tt.body)
+			})
+			p := startProxy(t, newFakeIdentity(t), upstream, nil)
+			_, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nAccept-Encoding: "+tt.encoding+"\r\n"+
+				"Connection: close\r\n\r\n")
+			text := logged.String()
+			if body != tt.body || !strings.Contains(text, tt.want) || strings.Contains(text, tt.not) {
+				t.Errorf("got %d bytes and %s, want %d bytes and %q", len(body), text, len(tt.body), tt.want)
+			}
+		})
+	}
+}
+
+// random is text that does not compress well.
+func random(size int) string {
+	text := make([]byte, size)
+	source := rand.New(rand.NewSource(1))
+	for i := range text {
+		text[i] = letters[source.Intn(len(letters))]
+	}
+	return string(text)
+}
+
+// TestReasonOfARefusalIsLogged: its code and parameter, never its message.
+func TestReasonOfARefusalIsLogged(t *testing.T) {
+	tests := []struct{ name, body, want string }{
+		{"Azure OpenAI", `{"error":{"message":"LEAK","type":"LEAK","param":"max_tokens","code":"unsupported_parameter"}}`,
+			"unsupported_parameter (param max_tokens)"},
+		{"Claude", `{"type":"error","error":{"type":"not_found_error","message":"LEAK"}}`, "not_found_error"},
+		{"an index", `{"error":{"code":"a","param":"messages[0].content"}}`, "a (param messages[0].content)"},
+		{"parameter alone", `{"error":{"param":"n"}}`, "(param n)"},
+		{"null", `{"error":{"code":null,"type":null,"param":null}}`, ""},
+		{"number", `{"error":{"code":400,"param":1}}`, ""},
+		{"words", `{"error":{"code":"LEAK is no code","param":"LEAK\n"}}`, ""},
+		{"not ASCII", `{"error":{"code":"LEAK\u202e"}}`, ""},
+		{"too long", `{"error":{"code":"` + strings.Repeat("LEAK", 17) + `"}}`, ""},
+		{"object", `{"error":{"code":{"LEAK":1},"param":["LEAK"]}}`, ""},
+		{"error of text", `{"error":"LEAK"}`, ""},
+		{"message alone", `{"statusCode":401,"message":"LEAK"}`, ""},
+		{"array", `["LEAK"]`, ""},
+		{"not JSON", `LEAK`, ""},
+		{"cut", `{"error":{"code":"LEAK"`, ""},
+		{"status", `{"error":{"code":"418"}}`, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := captureLog(t)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) { writeJSON(w, 418, tt.body) })
+			p := startProxy(t, newFakeIdentity(t), upstream, nil)
+			p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+			want := ": answered 418 I'm a teapot\n"
+			if tt.want != "" {
+				want = ": answered 418 I'm a teapot: " + tt.want + "\n"
+			}
+			if text := logged.String(); !strings.Contains(text, want) || strings.Contains(text, "LEAK") {
+				t.Errorf("got %s, want %q", text, want)
+			}
+		})
+	}
 }
 
 func TestHeadersOver64KiBAreRefused(t *testing.T) {
@@ -2082,6 +2650,7 @@ func TestHeadersOver64KiBAreRefused(t *testing.T) {
 }
 
 func TestUpstreamHints(t *testing.T) {
+	f := &forwarder{secrets: &secrets{}}
 	const jwt = "e30.eyJhdWQiOiJodHRwczovL2EuZXhhbXBsZSIsIm9pZCI6IjEyMyJ9.sig"
 	tests := []struct {
 		status       int
@@ -2100,7 +2669,7 @@ func TestUpstreamHints(t *testing.T) {
 		if tt.status == 429 {
 			resp.Header.Set("Retry-After", "7")
 		}
-		if got := explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt}); !strings.Contains(got, tt.want) {
+		if got := f.explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt}); !strings.Contains(got, tt.want) {
 			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
 		}
 	}
@@ -2230,7 +2799,7 @@ func TestProxyThatRefusesIsNamed(t *testing.T) {
 	p.forward.transport.Proxy = http.ProxyURL(refusing)
 	p.start(t)
 	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-	if resp.StatusCode != 502 || !strings.Contains(body, "connection failed: proxyconnect tcp: 407") || !strings.Contains(body, "hint: HTTPS_PROXY") {
+	if resp.StatusCode != 502 || !strings.Contains(body, "connection failed: HTTPS_PROXY answered 407 Proxy Authentication Required") || !strings.Contains(body, "hint: HTTPS_PROXY") {
 		t.Errorf("got %d %s, want 502 that names the proxy", resp.StatusCode, body)
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -45,6 +47,9 @@ type token struct {
 	expires       time.Time // from then on it is not sent
 	refresh       time.Time // from then on it is due to be replaced
 }
+
+// secret is the token itself.
+func (t token) secret() string { return strings.TrimPrefix(t.authorization, "Bearer ") }
 
 // validAt asks both clocks in a time.Time: the monotonic one stops while a machine sleeps, the
 // wall clock can be set back.
@@ -151,6 +156,9 @@ func (s *tokenSource) renew(flight chan struct{}) {
 	ctx, cancel := context.WithTimeout(context.Background(), fetchTime)
 	defer cancel()
 	t, failure := s.fetch(ctx)
+	if failure != nil {
+		log.Printf("no new token: %s", failure.text)
+	}
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -160,7 +168,6 @@ func (s *tokenSource) renew(flight chan struct{}) {
 	if failure == nil {
 		s.held, s.quietUntil = t, time.Time{}
 	} else {
-		log.Printf("no new token: %s", failure.text)
 		memory := min(warmMemory, max(coldMemory, s.held.expires.Sub(now)))
 		s.quietUntil = now.Add(max(memory, min(failure.retryAfter, maxRetryAfter)))
 	}
@@ -206,7 +213,7 @@ type source struct {
 	clientIDFrom string   // "AZURE_CLIENT_ID"
 	resource     string   // "https://cognitiveservices.azure.com": the scope less its /.default
 	keyDir       string   // where Azure Arc's agent puts the keys of its challenges
-	proof        string   // key or token that the fetch under way read from a file; not for errors
+	secrets      *secrets // of this program, for what is said about the endpoint
 	transport    http.RoundTripper
 	now          func() time.Time
 	sleep        func(context.Context, time.Duration)
@@ -255,7 +262,7 @@ var halves = [][2]string{
 }
 
 // newSource picks the source for the environment. Its error names the variables that are wrong.
-func newSource(getenv func(string) string, scope string) (*source, error) {
+func newSource(getenv func(string) string, scope string, hidden *secrets) (*source, error) {
 	isSet := func(name string) bool { return getenv(name) != "" }
 	isUnset := func(name string) bool { return getenv(name) == "" }
 	for _, h := range halves {
@@ -276,7 +283,8 @@ func newSource(getenv func(string) string, scope string) (*source, error) {
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
 	}
-	s.getenv, s.now, s.sleep, s.transport = getenv, time.Now, sleep, transport
+	s.getenv, s.now, s.sleep, s.transport, s.secrets = getenv, time.Now, sleep, transport, hidden
+	s.secrets.hide(getenv(s.secret))
 	s.resource = strings.TrimSuffix(scope, "/.default")
 	s.keyDir = arcFile("/var/opt/azcmagent/tokens", "ProgramData", "Tokens")
 	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
@@ -384,13 +392,14 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 	if err != nil {
 		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
 	}
-	s.proof = strings.TrimSpace(string(assertion))
+	proof := strings.TrimSpace(string(assertion))
+	s.secrets.hide(proof)
 	return s.newPost(url.Values{
 		"client_id":             {s.clientID},
 		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
 		"grant_type":            {"client_credentials"},
 		"client_assertion_type": {"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"},
-		"client_assertion":      {s.proof},
+		"client_assertion":      {proof},
 	}), nil
 }
 
@@ -409,7 +418,7 @@ func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
 	if err != nil {
 		return nil, s.errorf("sent a challenge that cannot be met: %v", err)
 	}
-	s.proof = key
+	s.secrets.hide(key)
 	req.Header.Set("Authorization", "Basic "+key)
 	return req, nil
 }
@@ -432,10 +441,11 @@ func readKey(challenge, dir string) (string, error) {
 	if errors.Is(err, os.ErrPermission) {
 		err = fmt.Errorf("%w; hint: run as root, or join the group himds", err)
 	}
-	if !isPrintableASCII(string(key)) {
+	text := strings.TrimRight(string(key), "\r\n") // an editor or echo may have added a line's end
+	if !isPrintableASCII(text) {
 		err = fmt.Errorf("%s has bytes that a header cannot carry", path)
 	}
-	return string(key), err
+	return text, err
 }
 
 // fetch gets a token, trying again while the endpoint's answers are such that it may help.
@@ -480,6 +490,7 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 		failure.transient = err == errExpired
 		return token{}, failure
 	}
+	s.secrets.hide(t.secret())
 	if s.name == "Azure Arc" && s.clientID != "" && !strings.EqualFold(t.clientID, s.clientID) {
 		return token{}, s.errorf("gave the token of another identity, as older agents do; " +
 			"unset AZURE_CLIENT_ID")
@@ -502,10 +513,7 @@ func (s *source) do(ctx context.Context, req *http.Request) (*http.Response, []b
 	if err == nil {
 		return resp, body, nil
 	}
-	if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("no answer within %v", tryTime)
-	}
-	failure := s.errorf("gave no answer: %v", unquoted(err))
+	failure := s.errorf("gave no answer: %s", cause(err))
 	failure.transient = true
 	if s.name == "IMDS" {
 		failure.text += "; hint: only Azure hosts have it"
@@ -513,14 +521,74 @@ func (s *source) do(ctx context.Context, req *http.Request) (*http.Response, []b
 	return nil, nil, failure
 }
 
-// unquoted is the error of a round trip without the bytes of what is no HTTP answer, which net/http
-// quotes: a token may be among them.
-func unquoted(err error) error {
-	var op *net.OpError
-	if strings.Contains(err.Error(), "transport connection broken") && !errors.As(err, &op) {
-		return errors.New("what came back is not HTTP")
+// cause says why a round trip failed. It tells of err only what is of a known type, and nothing else
+// of its text: net/http quotes the bytes of what is no HTTP answer, and a token may be among them.
+func cause(err error) string {
+	var (
+		dns         *net.DNSError
+		certificate *tls.CertificateVerificationError
+		noTLS       tls.RecordHeaderError
+		status      statusError
+		op          *net.OpError
+		timeout     net.Error
+	)
+	switch {
+	case errors.As(err, &dns):
+		return dns.Name + ": " + dns.Err
+	case errors.As(err, &certificate):
+		return certificate.Err.Error()
+	case errors.As(err, &noTLS):
+		return "the answer is not TLS"
+	case errors.As(err, &status):
+		return status.Error()
+	case errors.As(err, &op):
+		return systemError(op)
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return "timed out"
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), err.Error() == closedIdle:
+		return "the connection ended"
+	case errors.Is(err, context.Canceled):
+		return "cancelled"
 	}
-	return err
+	return "the answer is not HTTP"
+}
+
+// closedIdle is the whole text of an error of net/http that has no exported type or value.
+const closedIdle = "http: server closed idle connection"
+
+// systemError is the address and the reason of a failed network operation.
+func systemError(op *net.OpError) string {
+	var inner *net.OpError
+	if errors.As(op.Err, &inner) { // of a dial to HTTPS_PROXY, within an operation "proxyconnect"
+		return op.Op + ": " + systemError(inner)
+	}
+	text := op.Op + " " + op.Net
+	if op.Addr != nil {
+		text += " " + op.Addr.String()
+	}
+	var errno syscall.Errno
+	switch {
+	case errors.As(op.Err, &errno):
+		return text + ": " + errno.Error()
+	case op.Timeout():
+		return text + ": timed out"
+	case op.Op == "remote error", op.Op == "local error": // a TLS alert, whose texts are crypto/tls's
+		return op.Op + ": " + op.Err.Error()
+	}
+	return text + ": failed"
+}
+
+// statusError is an HTTP status that ends a round trip.
+type statusError struct {
+	who  string // "HTTPS_PROXY"
+	code int
+}
+
+func (e statusError) Error() string { return e.who + " answered " + statusText(e.code) }
+
+// statusText is a status for the log: its code with Go's own text for it, never the peer's.
+func statusText(code int) string {
+	return strings.TrimSpace(strconv.Itoa(code) + " " + http.StatusText(code))
 }
 
 // refusal is the error for an answer other than 200, in the endpoint's own words.
@@ -552,21 +620,14 @@ var hints = []struct{ text, hint string }{
 	{"AADSTS500011", "correct AZURE_OPENAI_SCOPE"},
 }
 
-// errorf makes an error that names who was asked for which identity: one line of some hundred
-// bytes, without the secrets, should the endpoint have repeated one.
+// errorf makes an error that names who was asked for which identity, in one line.
 func (s *source) errorf(format string, args ...any) *tokenError {
-	text := fmt.Sprintf(format, args...)
-	for _, secret := range []string{s.getenv(s.secret), s.proof} {
-		if secret != "" {
-			text = strings.ReplaceAll(text, secret, "REDACTED")
-		}
-	}
-	text = text[:min(len(text), 500)] // only now, or the start of a secret could stay
+	text := s.secrets.safe(fmt.Sprintf(format, args...), maxPiece)
 	text = s.name + " at " + s.url.Host + " " + strings.TrimSpace(text)
 	if s.clientID != "" {
 		text += " (client_id " + s.clientID + ", from " + s.clientIDFrom + ")"
 	}
-	return &tokenError{text: printable(text)}
+	return &tokenError{text: text}
 }
 
 // words is what an endpoint says about its refusal: its JSON's error and error_description, message
@@ -590,6 +651,82 @@ func words(body []byte) string {
 		}
 	}
 	return strings.Join(said, ": ")
+}
+
+// How much is shown, in bytes.
+const (
+	maxPiece = 500  // of one text from outside
+	maxLine  = 2000 // of a line, which may hold several
+)
+
+// secrets are what this program must not tell: the key of its clients, what proves it to the identity
+// endpoint, and the tokens.
+type secrets struct {
+	mu     sync.RWMutex // protects the fields below
+	values []string     // oldest first
+	sorted []string     // the same, longest first: one may be part of another
+}
+
+// maxSecrets is how many are remembered. The first ones are those of the settings; of the others the
+// oldest is forgotten, which had to do with a fetch long ago.
+const (
+	maxSecrets     = 20
+	settingSecrets = 2 // EXPECTED_KEY, and IDENTITY_HEADER or MSI_SECRET
+)
+
+// hide adds a secret.
+func (s *secrets) hide(secret string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if secret == "" || slices.Contains(s.values, secret) {
+		return
+	}
+	s.values = append(s.values, secret)
+	if len(s.values) > maxSecrets {
+		s.values = slices.Delete(s.values, settingSecrets, settingSecrets+1)
+	}
+	s.sorted = slices.Clone(s.values)
+	slices.SortFunc(s.sorted, func(a, b string) int { return len(b) - len(a) })
+}
+
+// safe makes a text fit to be shown. Whatever comes from outside (from the upstream, the identity
+// endpoint or a client) passes here before it gets into the log, the output of -check or an answer.
+// The order matters: the text is cut last, as half of a secret would not be found.
+func (s *secrets) safe(text string, limit int) string {
+	text = printable(s.redact(text))
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[:limit], "") + "…"
+}
+
+// redact takes the secrets out of a text. Of a long one its first bytes are enough to be found, with
+// as many more as follow: whoever repeats a token may have cut it.
+func (s *secrets) redact(text string) string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, secret := range s.sorted {
+		start := secret[:min(len(secret), 16)]
+		if !strings.Contains(text, start) {
+			continue
+		}
+		var out strings.Builder
+		for {
+			before, rest, found := strings.Cut(text, start)
+			out.WriteString(before)
+			if !found {
+				break
+			}
+			out.WriteString("REDACTED")
+			more := secret[len(start):]
+			for more != "" && rest != "" && more[0] == rest[0] {
+				more, rest = more[1:], rest[1:]
+			}
+			text = rest
+		}
+		text = out.String()
+	}
+	return text
 }
 
 // printable is s with a space for whatever could forge a log line or hide in it.

@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
+	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -16,6 +19,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // fakeIdentity is an identity endpoint on a loopback address that gives token-1, token-2 and so
@@ -111,7 +115,8 @@ func pickSource(t testing.TB, env, himds string) (*source, error) {
 			sources[i].file = himds
 		}
 	}
-	return newSource(func(name string) string { return vars[name] }, "https://cognitiveservices.azure.com/.default")
+	return newSource(func(name string) string { return vars[name] },
+		"https://cognitiveservices.azure.com/.default", &secrets{})
 }
 
 func newTestSource(t testing.TB, f *fakeIdentity, env string) (*source, *fakeClock) {
@@ -371,7 +376,7 @@ func TestArcKeyIsReadFromItsDirectoryOnly(t *testing.T) {
 	s, _ := newTestSource(t, f, arcEnv)
 	outside := filepath.Join(t.TempDir(), "outside.key")
 	writeFile(t, outside, "k")
-	for name, size := range map[string]int{"a.key": 1, "full.key": 4096, "long.key": 4097, "a.txt": 1, "a.key.bak": 1, "locked.key": 1} {
+	for name, size := range map[string]int{"a.key": 9, "full.key": 4096, "long.key": 4097, "a.txt": 9, "a.key.bak": 9, "locked.key": 9} {
 		writeFile(t, filepath.Join(s.keyDir, name), strings.Repeat("k", size))
 	}
 	if err := errors.Join(os.Symlink(outside, filepath.Join(s.keyDir, "link.key")), os.Mkdir(filepath.Join(s.keyDir, "sub.key"), 0o700),
@@ -408,6 +413,25 @@ func TestArcKeyIsReadFromItsDirectoryOnly(t *testing.T) {
 		}
 		if (len(shown) == 1) != (tt.want == "") {
 			t.Errorf("%s: a key was shown %d times", tt.name, len(shown))
+		}
+	}
+}
+
+// TestArcKeyIsReadWithoutItsLineBreak: what writes such a file may end it like a text.
+func TestArcKeyIsReadWithoutItsLineBreak(t *testing.T) {
+	f := newFakeIdentity(t)
+	s, _ := newTestSource(t, f, arcEnv)
+	key := filepath.Join(s.keyDir, "1.key")
+	for _, end := range []string{"", "\n", "\r\n"} {
+		writeFile(t, key, "the key"+end)
+		shown := make(chan string, 1)
+		f.answerWith(arcAgent("Basic realm="+key, shown))
+		if _, failure := s.fetch(context.Background()); failure != nil {
+			t.Errorf("ending in %q: %v", end, failure)
+			continue
+		}
+		if got := <-shown; got != "Basic the key" {
+			t.Errorf("ending in %q: the agent was shown %q", end, got)
 		}
 	}
 }
@@ -1030,6 +1054,155 @@ func TestWhatIsNotHTTPIsNotEchoed(t *testing.T) {
 	}
 }
 
+// TestHeldTokenAndKeyStayOutOfAFailure: the endpoint may repeat what it gave before, or half of it.
+func TestHeldTokenAndKeyStayOutOfAFailure(t *testing.T) {
+	log := captureLog(t)
+	f := newFakeIdentity(t)
+	tokens, c := newTestTokens(t, f, imdsEnv)
+	held := "eyJ0eXAi.held." + strings.Repeat("t0k3n", 300)
+	f.answerWith(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer(held, time.Hour)) })
+	tokens.want(t, held)
+	for _, words := range []string{"x " + held, strings.Repeat("x", 490) + held, "x " + held[:700],
+		`{"error_description":"` + held + `"}`} {
+		f.answerWith(refuse(400, "", words))
+		c.advance(50 * time.Minute)
+		tokens.want(t, held)
+		tokens.land()
+		c.advance(-50*time.Minute + 20*time.Second)
+	}
+	if text := log.String(); strings.Count(text, "answered 400: ") != 4 || strings.Contains(text, "held") ||
+		strings.Contains(text, "t0k3n") {
+		t.Errorf("got %s", text)
+	}
+}
+
+// TestSafeText: secrets go first, then what could forge a line, then what is too long.
+func TestSafeText(t *testing.T) {
+	s := &secrets{}
+	key, long := "open sesame", "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9.payload.signature"
+	for _, secret := range []string{"", key, long, "sesame", long} {
+		s.hide(secret)
+	}
+	for _, tt := range []struct{ name, text, want string }{
+		{"nothing to do", "a b", "a b"},
+		{"empty", "", ""},
+		{"key", "a open sesame b", "a REDACTED b"},
+		{"one secret in another", "sesame, open sesame", "REDACTED, REDACTED"},
+		{"token, twice", long + long + " b", "REDACTEDREDACTED b"},
+		{"beginning of a token", "a " + long[:20] + "… b", "a REDACTED… b"},
+		{"token cut by us", strings.Repeat("x", 16) + long, strings.Repeat("x", 16) + "REDA…"},
+		{"control characters", "a\nb\r\x1b\u2028\u202e\x00c", "a b     c"},
+		{"too long", strings.Repeat("y", 21), strings.Repeat("y", 20) + "…"},
+		{"too long, cut within a rune", strings.Repeat("y", 19) + "üü", strings.Repeat("y", 19) + "…"},
+	} {
+		limit := 20
+		if strings.Contains(tt.want, "REDACTED") {
+			limit = 100
+		}
+		if got := s.safe(tt.text, limit); got != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+	for i := range 1000 { // the two of the settings stay
+		s.hide("old token " + strconv.Itoa(i))
+	}
+	if got := s.safe("open sesame, old token 999", 100); got != "REDACTED, REDACTED" {
+		t.Errorf("after many tokens: got %q", got)
+	}
+	if n := len(s.values); n > maxSecrets {
+		t.Errorf("%d secrets are kept", n)
+	}
+}
+
+func FuzzSafeText(f *testing.F) {
+	f.Add("a open sesame b", "open sesame", 10)
+	f.Add("\x1b\n\u202e\xff", "\n", 3)
+	f.Add("xxxxxxxxxxxxxxxxxxxxxxxx", "xxxxxxxxxxxxxxxxxxx", 5)
+	f.Fuzz(func(t *testing.T, text, secret string, limit int) {
+		if limit < 1 || limit > 1e6 || strings.Contains("REDACTED", secret) {
+			return
+		}
+		s := &secrets{}
+		s.hide(secret)
+		got := s.safe(text, limit)
+		if len(got) > limit+len("…") || printable(got) != got || !utf8.ValidString(got) {
+			t.Errorf("%q without %q: got %q", text, secret, got)
+		}
+		if redacted := s.redact(text); strings.Contains(text, secret) && redacted == text {
+			t.Errorf("%q keeps %q", text, secret)
+		}
+	})
+}
+
+// TestCauseTellsKnownErrorsOnly makes real round trips fail. What net/http says of the rest quotes the
+// peer's bytes.
+func TestCauseTellsKnownErrorsOnly(t *testing.T) {
+	plain := func(text string) string { return rawAnswer(t, text).URL }
+	secure := httptest.NewTLSServer(http.NotFoundHandler())
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	t.Cleanup(secure.Close)
+	silent := newUpstream(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	for _, tt := range []struct{ name, url, want string }{
+		{"refused", nobody, "dial tcp 127.0.0.1:1: "},
+		{"hang-up", plain(""), "the connection ended"},
+		{"certificate", secure.URL, "x509: certificate signed by unknown authority"},
+		{"no TLS", "https" + strings.TrimPrefix(plain("HTTP/1.1 400 LEAK\r\n\r\n"), "http"), "the answer is not TLS"},
+		{"silence", silent.URL, "timed out"},
+		{"cut head", plain("HTTP/1.1 200 OK\r\nA: LEAK"), "the connection ended"},
+		{"no status line", plain("Bearer LEAK\r\n\r\n"), "the answer is not HTTP"},
+		{"status", plain("HTTP/1.1 LEAK\r\n\r\n"), "the answer is not HTTP"},
+		{"version", plain("HTTP/LEAK 200 OK\r\n\r\n"), "the answer is not HTTP"},
+		{"header line", plain("HTTP/1.1 200 OK\r\nBearer LEAK\r\n\r\n"), "the answer is not HTTP"},
+		{"header name", plain("HTTP/1.1 200 OK\r\n LEAK: a\r\n\r\n"), "the answer is not HTTP"},
+		{"length", plain("HTTP/1.1 200 OK\r\nContent-Length: LEAK\r\n\r\n"), "the answer is not HTTP"},
+		{"lengths", plain("HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: LEAK\r\n\r\n"),
+			"the answer is not HTTP"},
+		{"framing", plain("HTTP/1.1 200 OK\r\nTransfer-Encoding: LEAK\r\n\r\n"), "the answer is not HTTP"},
+		{"trailer", plain("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nLEAK\r\n\r\n"),
+			"the answer is not HTTP"},
+		{"chunk", plain("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nLEAK\r\n"), "the answer is not HTTP"},
+		{"cut body", plain("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nLEAK"), "the connection ended"},
+	} {
+		wait := safetyNet
+		if tt.name == "silence" {
+			wait = time.Second / 4
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), wait)
+		req, _ := http.NewRequestWithContext(ctx, "GET", tt.url, nil)
+		resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+		if err == nil {
+			_, err = io.ReadAll(resp.Body)
+			resp.Body.Close()
+		}
+		cancel()
+		if err == nil {
+			t.Errorf("%s: no error", tt.name)
+			continue
+		}
+		if got := cause(err); !strings.HasPrefix(got, tt.want) || strings.Contains(got, "LEAK") {
+			t.Errorf("%s: got %q of %q, want %q", tt.name, got, err, tt.want)
+		}
+	}
+	for _, tt := range []struct {
+		err  error
+		want string
+	}{
+		{&net.DNSError{Err: "no such host", Name: "a.example"}, "a.example: no such host"},
+		{fmt.Errorf("LEAK: %w", context.Canceled), "cancelled"},
+		{errors.New("http: server closed idle connection"), "the connection ended"},
+		{errors.New("http: server closed idle connection LEAK"), "the answer is not HTTP"},
+		{&net.OpError{Op: "remote error", Err: tls.AlertError(40)}, "remote error: tls: handshake failure"},
+		{&net.OpError{Op: "proxyconnect", Net: "tcp", Err: &net.OpError{Op: "dial", Net: "tcp",
+			Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9}, Err: errors.New("LEAK")}},
+			"proxyconnect: dial tcp 127.0.0.1:9: failed"},
+		{statusError{"HTTPS_PROXY", 407}, "HTTPS_PROXY answered 407 Proxy Authentication Required"},
+	} {
+		if got := cause(tt.err); got != tt.want {
+			t.Errorf("%v: got %q, want %q", tt.err, got, tt.want)
+		}
+	}
+}
+
 func TestSecretIsRedactedBeforeWordsAreCut(t *testing.T) {
 	f := newFakeIdentity(t)
 	s, _ := newTestSource(t, f, appServiceEnv)
@@ -1105,7 +1278,7 @@ func TestKeyThatNoHeaderCarriesIsRefusedAtOnce(t *testing.T) {
 	f := newFakeIdentity(t)
 	s, c := newTestSource(t, f, arcEnv)
 	key := filepath.Join(s.keyDir, "a.key")
-	writeFile(t, key, "K3Y\n")
+	writeFile(t, key, "K3Y\nK3Y")
 	f.answerWith(arcAgent("Basic realm="+key, make(chan string, 9)))
 	_, failure := s.fetch(context.Background())
 	if failure == nil || failure.transient || len(c.pauses) > 0 || !strings.Contains(failure.text, "a header cannot carry") {

@@ -9,7 +9,7 @@
 //	curl localhost:8081/v1/chat/completions -H 'Content-Type: application/json' -d …
 //
 // It is set up by environment variables, or by a .env file in the working directory for those
-// that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no process
+// settings that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no process
 // and speaks to two places only, by way of DNS and HTTPS_PROXY: the identity endpoint and
 // TARGET_URL's host.
 //
@@ -59,12 +59,33 @@ EXPECTED_KEY         shared secret that clients must present (none)
 AZURE_OPENAI_SCOPE   token scope (https://cognitiveservices.azure.com/.default,
                      or its .us or .cn form for such a host)
 AZURE_CLIENT_ID      client id of a user-assigned identity (system-assigned one)
+AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
+
+From the environment alone, as they say who is trusted with a token:
+
 IDENTITY_ENDPOINT    token endpoint and its secret, set by App Service,
 IDENTITY_HEADER      Functions and Container Apps (IMDS)
 AZURE_POD_IDENTITY_AUTHORITY_HOST
                      where IMDS is (http://169.254.169.254)
-AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
+HTTPS_PROXY, NO_PROXY
+                     proxy to the upstream, and to Entra ID; its exceptions
+SSL_CERT_FILE, SSL_CERT_DIR
+                     certificate authorities
+and what other platforms set: AZURE_FEDERATED_TOKEN_FILE, AZURE_TENANT_ID,
+AZURE_AUTHORITY_HOST, IMDS_ENDPOINT, MSI_ENDPOINT, MSI_SECRET,
+DEFAULT_IDENTITY_CLIENT_ID, IDENTITY_SERVER_THUMBPRINT
 `
+
+// settings are the variables that a .env file may set.
+var settings = strings.Fields(`TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID
+	AZURE_LOG_LEVEL`)
+
+// environmentOnly are the variables that it may not, although the program or the Go library reads
+// them: a .env file that came with somebody's repository would get the token with them.
+var environmentOnly = strings.Fields(`HTTPS_PROXY HTTP_PROXY NO_PROXY https_proxy http_proxy no_proxy
+	SSL_CERT_FILE SSL_CERT_DIR GODEBUG IDENTITY_ENDPOINT IDENTITY_HEADER IDENTITY_SERVER_THUMBPRINT
+	IMDS_ENDPOINT MSI_ENDPOINT MSI_SECRET DEFAULT_IDENTITY_CLIENT_ID AZURE_FEDERATED_TOKEN_FILE
+	AZURE_TENANT_ID AZURE_AUTHORITY_HOST AZURE_POD_IDENTITY_AUTHORITY_HOST`)
 
 // tlsDefaults are today's defaults of TLS and certificates. The line "go 1.22" in go.mod lets Go
 // 1.22 build the program, but makes a newer toolchain fall back to the defaults of 2024, which
@@ -72,8 +93,7 @@ AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
 const tlsDefaults = "tls3des=0,tlssha1=0,tlsmlkem=1,tlssecpmlkem=1,rsa1024min=1," +
 	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1,x509sslcertoverrideplatform=1"
 
-// init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins; in a
-// .env it comes too late.
+// init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins.
 func init() {
 	os.Setenv("GODEBUG", strings.TrimSuffix(tlsDefaults+","+os.Getenv("GODEBUG"), ","))
 }
@@ -104,17 +124,26 @@ func run(args []string, stdout io.Writer) error {
 		return nil
 	}
 
-	fromFile, err := loadDotEnv(".env")
+	// Without this, writing to a stderr that nobody reads any more would end the program.
+	signal.Ignore(syscall.SIGPIPE)
+
+	file, err := readDotEnv(".env")
 	if err != nil {
 		return err
 	}
-	if *checkOnly {
-		if fromFile {
-			fmt.Fprintln(stdout, "ok    .env: read for what the environment leaves out")
+	getenv := func(name string) string {
+		if value := os.Getenv(name); strings.TrimSpace(value) != "" {
+			return value
 		}
-		return check(os.Getenv, stdout)
+		return file.values[name]
 	}
-	cfg, err := loadConfig(os.Getenv)
+	if *checkOnly {
+		for _, line := range file.report(os.Getenv) {
+			fmt.Fprintln(stdout, "ok    .env:", line)
+		}
+		return check(getenv, stdout)
+	}
+	cfg, err := loadConfig(getenv)
 	if err != nil {
 		return err
 	}
@@ -122,12 +151,28 @@ func run(args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if fromFile {
-		log.Print("read .env in the working directory for what the environment leaves out")
+	log.SetOutput(logWriter{cfg.secrets, os.Stderr})
+	for _, line := range file.report(os.Getenv) {
+		log.Print(line)
 	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	return newProxy(cfg).serve(listeners, signals)
+}
+
+// logWriter is where the log goes. The parts of a line that come from outside are safe already, but
+// net/http logs, too: what an upstream sends after its answer, for one, as it came.
+type logWriter struct {
+	*secrets
+	out io.Writer
+}
+
+func (w logWriter) Write(line []byte) (int, error) {
+	text := w.safe(strings.TrimSuffix(string(line), "\n"), maxLine)
+	if _, err := io.WriteString(w.out, text+"\n"); err != nil {
+		return 0, err
+	}
+	return len(line), nil
 }
 
 // version is what the Go toolchain stamped into the binary.
@@ -140,60 +185,95 @@ func version() string {
 	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
 }
 
-// loadDotEnv sets the environment variables that the file holds and that are unset or empty. It
-// reports whether there is such a file.
-func loadDotEnv(file string) (bool, error) {
-	text, err := os.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("reading %s: %w", file, errors.Unwrap(err))
-	}
-	vars, err := parseDotEnv(string(text))
-	if err != nil {
-		return false, fmt.Errorf("%s %w", file, err)
-	}
-	for name, value := range vars {
-		if strings.TrimSpace(os.Getenv(name)) == "" {
-			os.Setenv(name, value)
-		}
-	}
-	return true, nil
+// dotEnv is what a .env file holds.
+type dotEnv struct {
+	exists  bool
+	values  map[string]string // of settings
+	refused []string          // those of environmentOnly that are in it
 }
 
-// parseDotEnv reads a .env file. Its error names the line and never shows it: it may hold a secret.
-func parseDotEnv(text string) (map[string]string, error) {
-	vars := make(map[string]string)
+// report says in lines for the log what is taken of the file and what is not. It shows no values.
+func (d dotEnv) report(getenv func(string) string) []string {
+	if !d.exists {
+		return nil
+	}
+	var taken []string
+	for _, name := range settings {
+		if strings.TrimSpace(d.values[name]) != "" && strings.TrimSpace(getenv(name)) == "" {
+			taken = append(taken, name)
+		}
+	}
+	lines := []string{"read .env in the working directory for what the environment leaves out: " +
+		cmp.Or(strings.Join(taken, ", "), "nothing")}
+	if len(d.refused) > 0 {
+		lines = append(lines, "warning: not taken from .env, as it must come from the environment: "+
+			strings.Join(d.refused, ", "))
+	}
+	return lines
+}
+
+// readDotEnv reads the file, if there is one. A directory of this name is a Python environment.
+func readDotEnv(file string) (dotEnv, error) {
+	info, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && info.IsDir() {
+		return dotEnv{}, nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return dotEnv{}, fmt.Errorf("reading %s: %w", file, errors.Unwrap(err))
+	}
+	d, err := parseDotEnv(string(text))
+	if err != nil {
+		return dotEnv{}, fmt.Errorf("%s %w", file, err)
+	}
+	return d, nil
+}
+
+// parseDotEnv reads the lines that set one of our settings; other programs may have theirs in the
+// same file, in forms of their own. Its errors name the line and never show it: it may hold a secret.
+func parseDotEnv(text string) (dotEnv, error) {
+	d := dotEnv{exists: true, values: make(map[string]string)}
+	// A byte order mark of UTF-16, or NUL bytes, of which UTF-16 without one is full.
+	if strings.HasPrefix(text, "\xff\xfe") || strings.HasPrefix(text, "\xfe\xff") ||
+		strings.Contains(text, "\x00") {
+		return dotEnv{}, errors.New("is not UTF-8 text; save it as UTF-8 " +
+			"(in Windows PowerShell with Set-Content -Encoding utf8, not >)")
+	}
 	for i, line := range strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n") {
 		line = strings.TrimSpace(line)
-		if line == "" || line[0] == '#' {
+		if rest, ok := strings.CutPrefix(line, "export"); ok {
+			if trimmed := strings.TrimSpace(rest); trimmed != rest {
+				line = trimmed
+			}
+		}
+		rest := strings.TrimLeft(line, letters+digits+"_-.")
+		name := strings.TrimSuffix(line, rest)
+		if slices.Contains(environmentOnly, name) && !slices.Contains(d.refused, name) {
+			d.refused = append(d.refused, name)
+		}
+		if !slices.Contains(settings, name) {
 			continue
 		}
-		name, value, ok := parseDotEnvLine(line)
+		value, ok := parseDotEnvValue(rest)
 		if !ok {
-			return nil, fmt.Errorf(`line %d: want NAME=value, NAME="value" or # comment`, i+1)
+			return dotEnv{}, fmt.Errorf(`line %d: want NAME=value or NAME="value"`, i+1)
 		}
-		vars[name] = value
+		d.values[name] = value
 	}
-	return vars, nil
+	return d, nil
 }
 
-// parseDotEnvLine reads NAME=value, with or without an export before it. The value is in single or
-// double quotes, or bare up to a comment; there are no escapes and no expansions.
-func parseDotEnvLine(line string) (name, value string, ok bool) {
-	name, value, ok = strings.Cut(strings.TrimPrefix(line, "export "), "=")
-	name = strings.TrimSpace(name)
-	if !ok || !consistsOf(name, letters+digits+"_") || strings.ContainsRune(value, 0) {
-		return "", "", false
-	}
+// parseDotEnvValue reads =value. The value is in single or double quotes, or bare up to a comment;
+// there are no escapes and no expansions.
+func parseDotEnvValue(text string) (value string, ok bool) {
+	value, ok = strings.CutPrefix(strings.TrimSpace(text), "=")
 	if quoted := strings.TrimSpace(value); quoted != "" && (quoted[0] == '"' || quoted[0] == '\'') {
 		value, rest, closed := strings.Cut(quoted[1:], quoted[:1])
 		rest = strings.TrimSpace(rest)
-		return name, value, closed && (rest == "" || rest[0] == '#')
+		return value, ok && closed && (rest == "" || rest[0] == '#')
 	}
 	value, _, _ = strings.Cut(strings.ReplaceAll(value, "\t#", " #"), " #")
-	return name, strings.TrimSpace(value), true
+	return strings.TrimSpace(value), ok
 }
 
 const (
@@ -213,6 +293,8 @@ type config struct {
 	scope  string   // "https://cognitiveservices.azure.com/.default"
 	debug  bool     // AZURE_LOG_LEVEL=debug
 	source *source
+	// secrets are those of the settings, and the ones that the source and its tokens bring
+	secrets *secrets
 }
 
 // loadConfig reads the settings; white space around one doesn't count. Its error names the
@@ -230,7 +312,10 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		key:    get("EXPECTED_KEY"),
 		scope:  cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
 		debug:  isDebug(get),
+
+		secrets: &secrets{},
 	}
+	cfg.secrets.hide(cfg.key)
 	if !isPort(cfg.port) {
 		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
 	}
@@ -244,8 +329,30 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		return nil, fmt.Errorf("AZURE_OPENAI_SCOPE: want a scope such as "+
 			"https://cognitiveservices.azure.com/.default, got %q", cfg.scope)
 	}
-	cfg.source, err = newSource(get, cfg.scope)
+	if err := checkProxy(getenv); err != nil {
+		return nil, err
+	}
+	cfg.source, err = newSource(get, cfg.scope, cfg.secrets)
 	return cfg, err
+}
+
+// checkProxy refuses a HTTPS_PROXY that cannot be read. The Go library would ignore it and send the
+// token directly. HTTP_PROXY is never used: what is asked in the clear is on this host or its link.
+func checkProxy(getenv func(string) string) error {
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
+		raw := getenv(name)
+		if raw != "" && !strings.Contains(raw, "://") {
+			raw = "http://" + raw
+		}
+		u, err := url.Parse(raw)
+		schemes := []string{"http", "https", "socks5", "socks5h"}
+		if raw != "" && (err != nil || !hasHost(u) || !slices.Contains(schemes, u.Scheme)) {
+			return fmt.Errorf("%s: not a URL of a proxy; want one such as http://proxy.example:3128 or "+
+				"http://USER:PASSWORD@proxy.example:3128, with special characters in the password "+
+				"percent-encoded (%%25 for %%)", name)
+		}
+	}
+	return nil
 }
 
 // parseTarget checks TARGET_URL and supplies a missing final slash. Its errors show no more of the
@@ -265,9 +372,10 @@ func parseTarget(raw string) (*url.URL, error) {
 			"want https, or http for localhost only", u.Host)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
 		return nil, errors.New("TARGET_URL: has a user name, a query or a fragment; " + want)
-	case hasDotSegment(u.EscapedPath()):
-		return nil, errors.New("TARGET_URL: has a . or .. in its path; " + want)
+	case !isPlainPath(u.Path):
+		return nil, errors.New("TARGET_URL: has a . or .. in its path, or is escaped twice; " + want)
 	}
+	u.Host = strings.ToLower(u.Host)
 	return u, nil
 }
 
@@ -279,9 +387,11 @@ func isPort(s string) bool {
 	return err == nil
 }
 
-// isLoopback tells whether a host without a port is localhost or a loopback literal, exactly.
+// isLoopback tells whether a host without a port is localhost or a loopback literal, exactly. Names
+// count in any case (RFC 3986 §3.2.2), and a final dot is part of none.
 func isLoopback(host string) bool {
-	return host == "localhost" || net.ParseIP(host).IsLoopback()
+	return strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") ||
+		net.ParseIP(host).IsLoopback()
 }
 
 func isDebug(getenv func(string) string) bool {
@@ -295,7 +405,7 @@ func isPrintableASCII(s string) bool {
 // defaultScope is the scope of Azure OpenAI in the cloud that host belongs to.
 func defaultScope(host string) string {
 	for _, cloud := range []string{"us", "cn"} {
-		if strings.HasSuffix(strings.ToLower(host), ".azure."+cloud) {
+		if strings.HasSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), ".azure."+cloud) {
 			return "https://cognitiveservices.azure." + cloud + "/.default"
 		}
 	}
@@ -385,6 +495,11 @@ func newProxy(cfg *config) *proxy {
 // which goes to the upstream. What looks like a probe but names a host or has a body is for the
 // forwarder to judge.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	// The server drops the Transfer-Encoding of an HTTP/1.0 request (golang/go#12785), and would take
+	// the body that follows for the next request (RFC 9112 §6.1).
+	if !r.ProtoAtLeast(1, 1) {
+		w.Header().Set("Connection", "close")
+	}
 	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
 	if !isProbe || !isRead || r.ContentLength != 0 || r.URL.Host != "" {
@@ -395,20 +510,28 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		log.Printf("debug: probe %s from %s", r.URL.Path, r.RemoteAddr)
 	}
 	if r.URL.Path == "/readyz" {
-		if err := p.ready(r.Context()); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		if reason := p.notReady(r); reason != "" {
+			http.Error(w, reason, http.StatusServiceUnavailable)
 			return
 		}
 	}
 	fmt.Fprintln(w, "ok")
 }
 
-func (p *proxy) ready(ctx context.Context) error {
+// notReady says why the proxy is not ready, or nothing. The endpoint's words are for this host only.
+func (p *proxy) notReady(r *http.Request) string {
 	if p.draining.Load() {
-		return errors.New("shutting down")
+		return "shutting down"
 	}
-	_, err := p.tokens.token(ctx)
-	return err
+	_, err := p.tokens.token(r.Context())
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	switch {
+	case err == nil:
+		return ""
+	case isLoopback(host):
+		return "no token: " + err.Error()
+	}
+	return "no token"
 }
 
 // serve answers requests until a signal arrives. Then it stops accepting and lets the running
@@ -482,13 +605,15 @@ func (c *config) whoMayUseIt() string {
 }
 
 // check tries what the proxy needs, step by step, and says what is wrong and what to do. It sends a
-// token request and one GET, nothing else.
+// token request and one request to the upstream that uses no model, nothing else.
 func check(getenv func(string) string, out io.Writer) error {
+	hidden := &secrets{} // until the settings are read, their errors show no secret
 	ok := func(step, format string, args ...any) {
-		fmt.Fprintf(out, "ok    %s: %s\n", step, printable(fmt.Sprintf(format, args...)))
+		text := hidden.safe(fmt.Sprintf(format, args...), maxLine)
+		fmt.Fprintf(out, "ok    %s: %s\n", step, text)
 	}
 	fail := func(step, text string) error {
-		text = strings.ReplaceAll(printable(text), "; hint: ", "\n      hint: ")
+		text = strings.ReplaceAll(hidden.safe(text, maxLine), "; hint: ", "\n      hint: ")
 		fmt.Fprintf(out, "FAIL  %s: %s\n", step, text)
 		return errors.New(step + " failed the check")
 	}
@@ -496,12 +621,14 @@ func check(getenv func(string) string, out io.Writer) error {
 	if err != nil {
 		return fail("settings", err.Error())
 	}
+	hidden = cfg.secrets
 	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
 	var addrs []string
 	for _, host := range cfg.listenHosts() {
 		addrs = append(addrs, net.JoinHostPort(host, cfg.port))
 	}
-	ok("listen", "on %s; %s", strings.Join(addrs, " and "), cfg.whoMayUseIt())
+	ok("settings", "to listen on %s, which is not tried; %s", strings.Join(addrs, " and "),
+		cfg.whoMayUseIt())
 	ok("identity", "%s at %s, %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
 
 	ctx, cancel := context.WithTimeout(context.Background(), fetchTime)
@@ -514,10 +641,9 @@ func check(getenv func(string) string, out io.Writer) error {
 	ok("token", "audience %s, tenant %s, object id %s, client id %s, expires %s",
 		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
 
-	u := cfg.target.JoinPath("models")
-	if !strings.Contains(u.Path, "/v1/") { // which has no versions
-		u.RawQuery = "api-version=2024-10-21"
-	}
+	f := newForwarder(cfg, nil)
+	req := f.checkRequest()
+	req.Header.Set("Authorization", t.authorization)
 	trace := &httptrace.ClientTrace{
 		DNSDone: func(info httptrace.DNSDoneInfo) {
 			if info.Err == nil {
@@ -535,39 +661,58 @@ func check(getenv func(string) string, out io.Writer) error {
 	}
 	ctx, cancel = context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	header := http.Header{"Authorization": {t.authorization}, "User-Agent": {"aoai-proxy"}}
-	req := &http.Request{Method: http.MethodGet, URL: u, Header: header}
-	req = req.WithContext(httptrace.WithClientTrace(ctx, trace))
-	resp, err := newForwarder(cfg, nil).transport.RoundTrip(req)
+	resp, err := f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		return fail("upstream", "no answer from "+u.Host+": "+failure(err))
+		return fail("upstream", "no answer from "+req.URL.Host+": "+failure(err))
 	}
 	defer resp.Body.Close()
-	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer)) // more than a token, to redact it
-	answered := fmt.Sprintf("GET %s: %s", u, explain(resp, said, t))
-	otherService := strings.Contains(u.Path, "/anthropic/") || strings.HasPrefix(u.Path, "/models/")
-	switch {
-	case resp.StatusCode == http.StatusOK && strings.HasPrefix(string(said), "{"):
+	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
+	answered := asked + ": " + f.explain(resp, said, t)
+	isJSON := strings.HasPrefix(string(said), "{")
+	switch status := resp.StatusCode; {
+	case req.Method == http.MethodGet && status == http.StatusOK && isJSON:
 		ok("upstream", "%s", answered)
 		return nil
-	case resp.StatusCode == http.StatusNotFound && otherService:
-		ok("upstream", "GET %s: answered %s, as services other than Azure OpenAI may", u, resp.Status)
+	case req.Method == http.MethodPost && status == http.StatusBadRequest && isJSON &&
+		!strings.Contains(answered, "; hint: "):
+		ok("upstream", "%s: as it should of an empty object", answered)
+		return nil
+	case strings.HasPrefix(cfg.target.Path, "/models/") && status == http.StatusNotFound:
+		ok("upstream", "%s: answered %s, as services without a list of models do", asked,
+			statusText(status))
 		return nil
 	}
-	if !strings.Contains(u.Path, "openai") {
+	if !strings.Contains(cfg.target.Path, "openai") {
 		answered += "; hint: " + noOpenAI
 	}
 	err = fail("upstream", answered)
-	secret := strings.TrimPrefix(t.authorization, "Bearer ")
-	if text := strings.ReplaceAll(words(said), secret, "REDACTED"); text != "" {
-		fmt.Fprintf(out, "      it says: %.300s\n", printable(text))
+	if text := words(said); text != "" {
+		fmt.Fprintf(out, "      it says: %s\n", hidden.safe(text, maxPiece))
 	}
-	name, _, _ := strings.Cut(u.Host, ".")
-	safe := consistsOf(c.Object+name, letters+digits+"-") // in a shell
-	if safe && strings.Contains(answered, roleName) {
+	name, _, _ := strings.Cut(req.URL.Host, ".")
+	isID := func(s string) bool { return consistsOf(s, letters+digits+"-") } // and safe in a shell
+	if isID(c.Object) && c.Object != "unknown" && isID(name) && strings.Contains(answered, roleName) {
 		fmt.Fprintf(out, roleCommand, c.Object, roleName, name)
 	}
 	return err
+}
+
+// checkRequest asks the upstream for something that only a right URL, token and role get: the list of
+// models, or of Claude, which has none, the refusal of a message that is an empty JSON object.
+func (f *forwarder) checkRequest() *http.Request {
+	header := http.Header{"User-Agent": {"aoai-proxy"}}
+	if strings.Contains(f.target.Path, "/anthropic/") {
+		header.Set("Content-Type", "application/json")
+		header.Set("Anthropic-Version", "2023-06-01")
+		return &http.Request{Method: http.MethodPost, URL: upstreamURL(f.target, "/v1/messages"),
+			Header: header, Body: io.NopCloser(strings.NewReader("{}")), ContentLength: 2}
+	}
+	u := upstreamURL(f.target, "/models")
+	if !strings.Contains(u.Opaque, "/v1/") { // which has no versions
+		u.RawQuery = "api-version=2024-10-21"
+	}
+	return &http.Request{Method: http.MethodGet, URL: u, Header: header}
 }
 
 // roleCommand gives the identity its role on the resource whose host begins so.
