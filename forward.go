@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"compress/flate"
 	"compress/gzip"
 	"compress/zlib"
 	"context"
@@ -103,10 +104,6 @@ type forwarder struct {
 
 func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
-	proxy := http.ProxyFromEnvironment
-	if cfg.target.Scheme == "http" {
-		proxy = nil // a loopback host: HTTP_PROXY would get the token in the clear
-	}
 	return &forwarder{
 		target:   cfg.target,
 		key:      cfg.key,
@@ -114,7 +111,7 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 		secrets:  cfg.secrets,
 		bodyTime: time.Minute,
 		transport: &http.Transport{
-			Proxy:                  proxy,
+			Proxy:                  proxyTo(cfg.target),
 			OnProxyConnectResponse: refusedByProxy,
 			DialContext:            dialer.DialContext,
 			TLSHandshakeTimeout:    10 * time.Second,
@@ -139,8 +136,10 @@ func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, resp *http.R
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	return statusError{"HTTPS_PROXY", resp.StatusCode}
+	return statusError{proxyAnswered, resp.StatusCode}
 }
+
+const proxyAnswered = "HTTPS_PROXY answered"
 
 // warm begins to open the first connection to the upstream, so that the first request need not wait
 // for it. It gives up its own request as soon as the transport dials: since Go 1.23 the transport
@@ -196,13 +195,16 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
 		e := errLeft
-		var noToken *tokenError
-		if errors.As(err, &noToken) {
-			e = &apiError{http.StatusServiceUnavailable, "no_token", "no token: " + noToken.text}
-			seconds := max(1, math.Ceil(noToken.retryAfter.Seconds()))
+		var failure *tokenError
+		if errors.As(err, &failure) {
+			e = &apiError{http.StatusServiceUnavailable, "no_token", noToken(r, err)}
+			if f.key != "" {
+				e.message = "no token: " + err.Error()
+			}
+			seconds := max(1, math.Ceil(failure.retryAfter.Seconds()))
 			w.Header().Set("Retry-After", strconv.Itoa(int(seconds)))
 		}
-		f.logProblem(r, req, nil, start, e.message)
+		f.logProblem(r, req, nil, start, err.Error())
 		e.write(w, r)
 		return
 	}
@@ -226,19 +228,19 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			upstream = rwc
 		} else {
 			resp.Body.Close()
-			err = statusError{"the upstream, unasked,", resp.StatusCode}
+			err = statusError{"unexpected status", resp.StatusCode}
 		}
 	}
 	if err != nil {
-		e := &apiError{http.StatusBadGateway, "upstream_unreachable",
-			"no answer from " + f.target.Host + ": " + f.secrets.safe(failure(err), maxPiece)}
+		text, hint := f.failure(err)
+		e := &apiError{http.StatusBadGateway, "upstream_unreachable", withHint(text, hint)}
 		var broken uploadError
 		switch {
 		case r.Context().Err() != nil:
 			e = errLeft
 		case errors.As(err, &broken):
 			e = &apiError{http.StatusBadRequest, "invalid_body",
-				"reading the request's body: " + f.secrets.safe(broken.Error(), maxPiece)}
+				"the request's body broke off or is malformed"}
 		}
 		f.logProblem(r, req, nil, start, e.message)
 		e.write(w, r)
@@ -264,7 +266,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	said, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
-		f.logProblem(r, req, resp, start, f.explain(resp, unpacked(said, resp.Header), t))
+		f.logProblem(r, req, resp, start, withHint(f.explain(resp, said, t)))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
@@ -276,6 +278,16 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if streamed {
 		body.end(client)
 	}
+}
+
+// noToken says why there is no token, if the caller is a program on this host and not a web page's:
+// the endpoint's words are nobody else's business.
+func noToken(r *http.Request, err error) string {
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	if isLoopback(host) && !mayBeWebPage(r) {
+		return "no token: " + err.Error()
+	}
+	return "no token"
 }
 
 // check decides whether the request may go upstream, and says why not.
@@ -423,8 +435,8 @@ func (u *upload) end(client *http.ResponseController) {
 }
 
 // upstreamURL is where a request for path goes, path in the form that goes out. TARGET_URL's path is
-// put before it, less what they share: many clients add /openai themselves. So do clients of a base
-// URL that ends in a slash add another one, which the service answers with 404.
+// put before it, less what they share: many clients add /openai themselves. Clients whose base URL
+// ends in a slash add another one, which is dropped, as the service knows no empty segments.
 func upstreamURL(target *url.URL, path string) *url.URL {
 	base := target.EscapedPath()
 	path = "/" + strings.TrimLeft(path, "/")
@@ -435,7 +447,7 @@ func upstreamURL(target *url.URL, path string) *url.URL {
 		}
 	}
 	// With two slashes in front it would be a URL with another host to some.
-	path = "/" + strings.TrimLeft(base+path, "/")
+	path = "/" + strings.TrimLeft(base+strings.TrimLeft(path, "/"), "/")
 	return &url.URL{Scheme: target.Scheme, Host: target.Host, Opaque: path}
 }
 
@@ -538,11 +550,6 @@ func copyHeader(h http.Header, resp *http.Response) {
 	if strings.HasPrefix(h.Get("Content-Type"), "text/event-stream") && h["X-Accel-Buffering"] == nil {
 		h.Set("X-Accel-Buffering", "no") // or an nginx in front would hold events back
 	}
-	for name := range resp.Trailer {
-		if !hopByHop[name] {
-			h.Add("Trailer", name)
-		}
-	}
 }
 
 // buffers are what most answers are copied through: small, as open streams are many.
@@ -583,12 +590,6 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 			buf = make([]byte, 32<<10)
 		}
 		n, readErr = resp.Body.Read(buf)
-	}
-	for name, values := range resp.Trailer {
-		delete(w.Header(), name) // or the server would repeat a header of that name
-		if !hopByHop[name] {
-			w.Header()[http.TrailerPrefix+name] = values
-		}
 	}
 	return said, nil
 }
@@ -639,7 +640,7 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	upstream io.ReadWriteCloser) {
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		log.Printf("upgrading the connection of %s: %s", r.RemoteAddr, cause(err))
+		log.Printf("the connection of %s cannot be upgraded", r.RemoteAddr)
 		return
 	}
 	closeBoth := func() {
@@ -662,34 +663,41 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	// The first bytes of the client may be in the server's buffer already. What follows is read from
 	// the connection itself: read through that buffer, its end would cancel r.Context().
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
-	toUpstream := make(chan struct{})
-	go func() {
-		defer close(toUpstream)
-		copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client), closeBoth)
-	}()
-	copyToEnd(client, upstream, closeBoth)
-	<-toUpstream
+	ends := make(chan error, 2)
+	go func() { ends <- copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client)) }()
+	go func() { ends <- copyToEnd(client, upstream) }()
+	wait := tunnelEndTime
+	if err := <-ends; err != nil {
+		wait = lingerTime // for what is under way
+	}
+	timer := time.AfterFunc(wait, func() {
+		upstream.Close()
+		client.SetDeadline(time.Now())
+	})
+	<-ends
+	timer.Stop()
+	linger(client)
 }
 
-// copyToEnd copies from src to dst until src ends, and tells dst of it. If either breaks, the other
-// direction has lingerTime to bring over what is under way. Src is read meanwhile, as a connection
-// that is closed with bytes unread is reset, and its peer may lose what it has not read yet.
-func copyToEnd(dst io.WriteCloser, src io.Reader, closeBoth func()) {
-	_, err := io.Copy(dst, src)
-	closeWrite(dst)
-	if err != nil {
-		time.AfterFunc(lingerTime, closeBoth)
-		io.Copy(io.Discard, src)
+// tunnelEndTime is how long one direction of a tunnel may outlive the other. The answer to a Close
+// frame takes a moment (RFC 6455 §7.1.1); who has gone altogether cannot be told from who still waits.
+const tunnelEndTime = time.Minute
+
+// copyToEnd copies from src to dst until src ends, and passes the end on.
+func copyToEnd(dst io.Writer, src io.Reader) error {
+	if _, err := io.Copy(dst, src); err != nil {
+		return err
 	}
+	return closeWrite(dst)
 }
 
 // closeWrite ends what is sent on a connection, which can still be read. The upstream's connection
-// offers that from Go 1.24 on; before, it is closed altogether, a little later.
-func closeWrite(conn io.Closer) {
-	half, ok := conn.(interface{ CloseWrite() error })
-	if !ok || half.CloseWrite() != nil {
-		time.AfterFunc(lingerTime, func() { conn.Close() })
+// offers that from Go 1.24 on.
+func closeWrite(conn io.Writer) error {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
 	}
+	return errors.ErrUnsupported
 }
 
 // earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an
@@ -779,66 +787,82 @@ func linger(client net.Conn) {
 	}
 }
 
-// failure says in which step a call to the upstream failed, and how.
-func failure(err error) string {
+// failure says in which step a call to the upstream failed, how, and what to do about it.
+func (f *forwarder) failure(err error) (text, hint string) {
 	var dns *net.DNSError
 	var certificate *tls.CertificateVerificationError
 	var status statusError
 	var op *net.OpError
-	isOp := errors.As(err, &op)
-	step, hint := "connection broke", ""
+	isOp, isStatus := errors.As(err, &op), errors.As(err, &status)
+	step := "connection broke: "
 	switch {
-	case isOp && op.Op == "proxyconnect", errors.As(err, &status) && status.who == "HTTPS_PROXY":
-		step, hint = "connection failed", "; hint: HTTPS_PROXY names the proxy that failed"
+	case isOp && op.Op == "proxyconnect", isStatus && status.what == proxyAnswered:
+		step, hint = "connection failed: ", "HTTPS_PROXY names the proxy that failed"
+	case isStatus:
+		step = ""
 	case errors.As(err, &dns):
-		step, hint = "DNS lookup failed", "; hint: check TARGET_URL's host name, and this host's DNS"
+		step, hint = "DNS lookup failed: ", "check TARGET_URL's host name, and this host's DNS"
 	case errors.As(err, &certificate):
-		step, hint = "certificate not trusted", "; hint: name a file with your own CA in SSL_CERT_FILE, "+
+		step, hint = "certificate not trusted: ", "name a file with your own CA in SSL_CERT_FILE, "+
 			"unless its dates or names are wrong"
 	case isOp && op.Op == "dial":
-		step, hint = "connection failed", "; hint: a firewall? HTTPS_PROXY names a proxy to go through"
+		step, hint = "connection failed: ", "a firewall? HTTPS_PROXY names a proxy to go through"
 	}
-	return step + ": " + cause(err) + hint
+	return "no answer from " + f.target.Host + ": " + step + f.secrets.safe(cause(err), maxPiece), hint
+}
+
+// withHint is a text and its hint, if any, in one line.
+func withHint(text, hint string) string {
+	if hint == "" {
+		return text
+	}
+	return text + "; hint: " + hint
 }
 
 // roleName is the role that lets an identity use the models of a resource.
 const roleName = "Cognitive Services OpenAI User"
 
 // unpacked is the beginning of an answer's body without its compression, which the client asked
-// for. Of a compression that the standard library does not know it is empty.
-func unpacked(body []byte, header http.Header) []byte {
+// for. It cannot be read if the standard library does not know that.
+func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
 	var r io.Reader
 	var err error
-	switch strings.ToLower(header.Get("Content-Encoding")) {
+	switch strings.ToLower(encoding) {
 	case "", "identity":
-		return body
+		return body, true
 	case "gzip", "x-gzip":
 		r, err = gzip.NewReader(bytes.NewReader(body))
 	case "deflate": // is zlib (RFC 9110 §8.4.1.2)
 		r, err = zlib.NewReader(bytes.NewReader(body))
+		if err != nil { // some servers send it bare, as the same section says
+			r, err = flate.NewReader(bytes.NewReader(body)), nil
+		}
 	default:
-		return nil
+		return nil, len(body) == 0
 	}
 	if err != nil {
-		return nil
+		return nil, len(body) == 0
 	}
-	plain, _ := io.ReadAll(io.LimitReader(r, maxSaid)) // the error is that the beginning ends
-	return plain
+	plain, _ = io.ReadAll(io.LimitReader(r, maxSaid)) // the error is that the beginning ends
+	return plain, len(plain) > 0 || len(body) == 0
 }
 
-// explain says what an answer means that is not as it should be, and what to do about it.
-func (f *forwarder) explain(resp *http.Response, said []byte, t token) string {
-	text := "answered " + statusText(resp.StatusCode)
-	if code := reason(said); code != "" && code != strconv.Itoa(resp.StatusCode) {
+// explain says what an answer means that is not as it should be, and what to do about it. Said is
+// the beginning of its body.
+func (f *forwarder) explain(resp *http.Response, said []byte, t token) (text, hint string) {
+	text = "answered " + statusText(resp.StatusCode)
+	plain, canRead := unpacked(said, resp.Header.Get("Content-Encoding"))
+	if code := reason(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
 		text += ": " + f.secrets.safe(code, maxPiece)
-	}
-	if hint := remedy(resp, strings.ToLower(string(said)), t); hint != "" {
-		text += "; hint: " + f.secrets.safe(hint, maxPiece)
 	}
 	if after := resp.Header.Get("Retry-After"); after != "" {
 		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
 	}
-	return text
+	hint = remedy(resp.StatusCode, strings.ToLower(string(plain)), t)
+	if !canRead && resp.StatusCode != http.StatusTooManyRequests {
+		hint = "the body, which says why, is compressed in a way that cannot be read here"
+	}
+	return text, f.secrets.safe(hint, maxPiece)
 }
 
 // reason is the code of a refusal, and the parameter that it is about. The message is left out, as it
@@ -867,8 +891,7 @@ func identifier(value any) string {
 }
 
 // remedy is what to do about a usual refusal of the token t. What was said is in lower case.
-func remedy(resp *http.Response, said string, t token) string {
-	status := resp.StatusCode
+func remedy(status int, said string, t token) string {
 	says := func(word string) bool { return strings.Contains(said, word) }
 	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden
 	c := t.claims()
@@ -890,8 +913,6 @@ func remedy(resp *http.Response, said string, t token) string {
 	case forbidden && (says("firewall") || says("private") || says("network")):
 		return "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
-	case said == "" && resp.Header.Get("Content-Encoding") != "" && (unauthorized || forbidden):
-		return "the body, which says why, is compressed: aoai-proxy -check reads it"
 	case unauthorized || forbidden && says("permission"):
 		return "the identity with object id " + c.Object + " lacks the role " + roleName +
 			" on the resource (a new assignment takes minutes to work)"

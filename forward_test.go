@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/flate"
 	"compress/gzip"
 	"compress/zlib"
 	"context"
@@ -356,7 +357,10 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 		{"proxy with a bare #", "HTTPS_PROXY", "http://jane:s3cret#a@127.0.0.1:3128", encoded},
 		{"proxy with a bare /", "HTTPS_PROXY", "http://jane:s3cret/a@127.0.0.1:3128", encoded},
 		{"proxy with a bare %, no scheme", "HTTPS_PROXY", "jane:s3cret%ame@127.0.0.1:3128", encoded},
+		{"proxy of white space", "HTTPS_PROXY", "\t", encoded},
 		{"proxy in white space", "HTTPS_PROXY", " http://jane:s3cret@127.0.0.1:3128", encoded},
+		{"proxy with a bare # after digits", "HTTPS_PROXY", "http://s3cret:12#4@127.0.0.1:3128", encoded},
+		{"proxy with a bare / after digits", "HTTPS_PROXY", "http://s3cret:1/2@127.0.0.1:3128", encoded},
 		{"proxy for another protocol", "HTTPS_PROXY", "ftp://jane:s3cret@127.0.0.1", encoded},
 		{"port that is a name", "PORT", "http", zero},
 		{"port above 65535", "PORT", "65536", zero},
@@ -502,6 +506,10 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as https://my-aoai.openai.azure.com/openai/"},
 		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
 		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "", "PORT: want a number"},
+		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
+			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
+			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (not taken from .env, as it must come " +
+				"from the environment: IMDS_ENDPOINT)"},
 		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
 			".env line 3: want NAME=value"},
 		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
@@ -601,7 +609,7 @@ func TestDotEnvCannotTakeTheToken(t *testing.T) {
 	if !strings.HasSuffix(line, "for what the environment leaves out: EXPECTED_KEY") {
 		t.Errorf("got %q, want the name of what is taken", line)
 	}
-	line, _ = p.stderr.waitFor(t, "warning: not taken from .env")
+	line, _ = p.stderr.waitFor(t, "not taken from .env")
 	if !strings.HasSuffix(line, ": HTTPS_PROXY, SSL_CERT_FILE, GODEBUG, AZURE_POD_IDENTITY_AUTHORITY_HOST") {
 		t.Errorf("got %q, want the names of what is not taken", line)
 	}
@@ -1025,20 +1033,30 @@ func TestReadyzTellsTheCauseToThisHostOnly(t *testing.T) {
 	identity := newFakeIdentity(t)
 	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
 	p := startProxy(t, identity, newUpstream(t, nil), nil)
-	for _, tt := range []struct{ caller, want string }{
-		{"127.0.0.1:5000", "no token: IMDS at "},
-		{"[::1]:5000", "no token: IMDS at "},
-		{"192.0.2.1:5000", "no token\n"},
-		{"[2001:db8::1]:5000", "no token\n"},
-		{"", "no token\n"},
+	for _, tt := range []struct {
+		caller, host string
+		told         bool
+	}{
+		{"127.0.0.1:5000", "localhost", true},
+		{"[::1]:5000", "[::1]:8081", true},
+		{"127.0.0.1:5000", "rebound.example", false},
+		{"192.0.2.1:5000", "localhost", false},
+		{"[2001:db8::1]:5000", "localhost", false},
+		{"", "localhost", false},
 	} {
-		r := httptest.NewRequest("GET", "/readyz", nil)
-		r.RemoteAddr = tt.caller
-		w := httptest.NewRecorder()
-		p.ServeHTTP(w, r)
-		told := strings.Contains(w.Body.String(), "Identity not found")
-		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), tt.want) || told != strings.Contains(tt.want, "IMDS") {
-			t.Errorf("%q: got %d %q, want 503 %q", tt.caller, w.Code, w.Body, tt.want)
+		for _, path := range []string{"/readyz", "/v1/models"} {
+			local := context.WithValue(context.Background(), http.LocalAddrContextKey,
+				&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+			r := httptest.NewRequest("GET", path, nil).WithContext(local)
+			r.RemoteAddr, r.Host = tt.caller, tt.host
+			w := httptest.NewRecorder()
+			p.ServeHTTP(w, r)
+			told := strings.Contains(w.Body.String(), "no token: IMDS at ") &&
+				strings.Contains(w.Body.String(), "Identity not found")
+			refused := path != "/readyz" && tt.host == "rebound.example"
+			if w.Code != 503 && !refused || told != tt.told || strings.Contains(w.Body.String(), "IMDS") != told {
+				t.Errorf("%s from %q to %s: got %d %q, told: %v", path, tt.caller, tt.host, w.Code, w.Body, tt.told)
+			}
 		}
 	}
 }
@@ -1200,6 +1218,8 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			[]string{"FAIL  upstream: ", "hint: there is no such path: check TARGET_URL"}},
 		{"Claude answers an empty message", upstream.URL + "/anthropic/", token, reply{200, `{}`},
 			[]string{"FAIL  upstream: "}},
+		{"not Claude's own 400", upstream.URL + "/anthropic/", token, said(400, "BadRequest", "API version"),
+			[]string{"FAIL  upstream: "}},
 		{"Claude at a regional endpoint", upstream.URL + "/anthropic/", token,
 			said(400, "BadRequest", "Please provide a custom subdomain for token authentication"),
 			[]string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens"}},
@@ -1221,6 +1241,8 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			[]string{"FAIL  upstream: ", "it says: 500: not this one: REDACTED…"}},
 		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "hint: there is no such path", "hint: the path of TARGET_URL has no openai in it"}},
 		{"a web page", target, token, reply{200, "<html>log in</html>"}, []string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
+		{"pasted URL of Foundry's models", upstream.URL + "/models/chat/completions/", token, said(404, "404", "no"),
+			[]string{"FAIL  upstream: "}},
 		{"an empty answer", target, token, reply{200, ""}, []string{"FAIL  upstream: "}},
 		{"firewall", target, token, said(403, "AccessDenied", "Access denied due to Virtual Network/Firewall rules."), []string{"FAIL  upstream: ", "answered 403 Forbidden", "hint: the resource's network rules refuse this host"}},
 		{"regional endpoint", target, token, said(400, "BadRequest", "Please provide a custom subdomain for token authentication, otherwise API key is required."), []string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens", "https://NAME.openai.azure.com/openai/"}},
@@ -1495,6 +1517,7 @@ func TestPathAndQueryGoAsTheyCame(t *testing.T) {
 		{"slash added to a base URL", "/openai/", "//openai/deployments/x", "/openai/deployments/x"},
 		{"slashes before v1", "/openai/", "///v1/models", "/openai/v1/models"},
 		{"slashes alone", "/openai/", "//", "/openai/"},
+		{"slash after openai", "/openai/", "/openai///deployments/x", "/openai/deployments/x"},
 		{"slashes within TARGET_URL", "/a//openai/", "//openai/models", "/a//openai/models"},
 		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
 		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a", "/openai/x?b=1;a=%zz&a=%20+&a"},
@@ -1673,9 +1696,7 @@ func TestAnswersPassUntouched(t *testing.T) {
 		{"sized", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: a/b\r\n\r\nhello", "Content-Length: 5\r\nContent-Type: a/b", "hello"},
 		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
 		{"until close", "GET", "HTTP/1.1 200 OK\r\n\r\nhello", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
-		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n", "Trailer: X-T\r\nTransfer-Encoding: chunked", "5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n"},
-		{"trailer with the name of a header", "GET", "HTTP/1.1 200 OK\r\nX-T: h\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-T: t\r\n\r\n", "X-T: h\r\nTrailer: X-T\r\nTransfer-Encoding: chunked", "0\r\nX-T: t\r\n\r\n"},
-		{"trailer about the connection", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nKeep-Alive: 1\r\nX-T: t\r\n\r\n", "Transfer-Encoding: chunked", "0\r\nX-T: t\r\n\r\n"},
+		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
 		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "Content-Length: 5", ""},
 		{"204", "GET", "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", "X-A: b", ""},
 		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nEtag: e\r\n\r\n", "Etag: e", ""},
@@ -1948,10 +1969,16 @@ func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
 	}
 }
 
+// TestMalformedBodyIsTheClientsFault, of which nothing is told: beside a token that is removed from it,
+// what a client sends would tell how much of it was right.
 func TestMalformedBodyIsTheClientsFault(t *testing.T) {
 	p, _ := startRecorded(t, nil)
+	resp, trailer := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nguess\r\n\r\n")
+	if resp.StatusCode != 400 || strings.Contains(trailer, "guess") {
+		t.Errorf("got %d %s, want 400 and nothing of the body", resp.StatusCode, trailer)
+	}
 	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
-	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") || !strings.Contains(body, "invalid byte in chunk length") {
+	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") || !strings.Contains(body, "broke off or is malformed") {
 		t.Errorf("got %d %s, want 400 and the cause", resp.StatusCode, body)
 	}
 }
@@ -2132,8 +2159,8 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 		{"certificate", untrusted.URL, "certificate not trusted"},
 		{"hang-up", rawAnswer(t, "").URL, "connection broke"},
 		{"garbage", rawAnswer(t, "\x1b[31mSSH-2.0\r\n\r\n").URL, "connection broke"},
-		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unasked, answered 101 Switching Protocols"},
-		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unasked, answered 0"},
+		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unexpected status 101 Switching Protocols"},
+		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unexpected status 0"},
 		{"token outside of HTTP", rawAnswer(t, "Bearer token-1\r\n\r\n").URL, "the answer is not HTTP"},
 	}
 	for _, tt := range tests {
@@ -2153,8 +2180,10 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 			}
 		})
 	}
-	if got := failure(&net.DNSError{Err: "no such host", Name: "x.invalid"}); !strings.HasPrefix(got, "DNS lookup failed") {
-		t.Errorf("got %q", got)
+	f := &forwarder{target: &url.URL{Host: "x.invalid"}, secrets: &secrets{}}
+	text, hint := f.failure(&net.DNSError{Err: "no such host", Name: "x.invalid"})
+	if text != "no answer from x.invalid: DNS lookup failed: x.invalid: no such host" || hint == "" {
+		t.Errorf("got %q, %q", text, hint)
 	}
 }
 
@@ -2214,13 +2243,13 @@ func TestUpgrades(t *testing.T) {
 	}{
 		{"accepted", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 101, "first frame"},
 		{"refused", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 4\r\n\r\nnope", 426, "nope"},
-		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked, answered 101 Switching Protocols"},
+		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unexpected status 101 Switching Protocols"},
 		{"without Connection: Upgrade", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
-			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502, "unasked, answered 101"},
-		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unasked, answered 101 Switching Protocols"},
-		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unasked, answered 101 Switching Protocols"},
-		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi", accepted, 502, "unasked, answered 101 Switching Protocols"},
-		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unasked, answered 101 Switching Protocols"},
+			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502, "no answer from 127.0.0.1:"},
+		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unexpected status 101 Switching Protocols"},
+		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unexpected status 101 Switching Protocols"},
+		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi", accepted, 502, "unexpected status 101 Switching Protocols"},
+		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unexpected status 101 Switching Protocols"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -2429,6 +2458,25 @@ func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 	conn.Close()
 }
 
+// TestKeyInATargetIsNotLogged, in whatever form of a URL it is.
+func TestKeyInATargetIsNotLogged(t *testing.T) {
+	for key, forms := range map[string][]string{
+		"a+b c": {"/a+b%20c", "/x?k=a%2Bb+c", "/x?k=a%2bb%20c", "/x?y=%zz&k=a%2Bb+c", "/a%2bb%20c?k=%zz"},
+		"a%b":   {"/x?k=a%25b", "/x?k=%61%25%62"},
+	} {
+		logged := captureLog(t)
+		p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound), vars{"EXPECTED_KEY": key, "HOST": "127.0.0.1"})
+		for _, form := range forms {
+			p.do(t, "GET "+form+" HTTP/1.1\r\nHost: {host}\r\napi-key: "+key+"\r\nConnection: close\r\n\r\n")
+		}
+		for _, line := range strings.Split(logged.String(), "\n") {
+			if strings.Contains(line, "a+b") || strings.ContainsAny(line, "%") {
+				t.Errorf("key %q: %s", key, line)
+			}
+		}
+	}
+}
+
 // TestWhatTheUpstreamSaysIsSafeInTheLog has it repeat the Authorization it was sent, whole and in
 // part, and the client's key, wherever something of an answer is logged or told.
 func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
@@ -2438,28 +2486,31 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 	tests := []struct{ name, answer, want string }{
 		{"reason phrase", "HTTP/1.1 403 TOKEN KEY\r\nContent-Length: 0\r\n\r\n", "answered 403 Forbidden"},
 		{"Retry-After", "HTTP/1.1 429 No\r\nRetry-After: TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
-			"answered 429 Too Many Requests; hint: too many requests or tokens for the deployment's quota; " +
-				"Retry-After: REDACTED REDACTED"},
+			"answered 429 Too Many Requests; Retry-After: REDACTED REDACTED; hint: too many"},
 		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
 			"answered 500 Internal Server Error; apim-request-id x REDACTED REDACTED"},
 		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\nContent-Length: 0\r\n\r\n",
 			"apim-request-id REDACTED"},
 		{"at the cut", "HTTP/1.1 500 No\r\nApim-Request-Id: FILLTOKEN\r\nContent-Length: 0\r\n\r\n",
-			"xxREDA…"},
+			"x x REDA…"},
+		{"rest of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: REST\r\nContent-Length: 0\r\n\r\n",
+			"apim-request-id REDACTED\n"},
+		{"many words", "HTTP/1.1 500 No\r\nApim-Request-Id: " + strings.Repeat("ab ", 999) +
+			"\r\nContent-Length: 0\r\n\r\n", "ab ab…\n"},
 		{"unknown status", "HTTP/1.1 529 TOKEN\r\nContent-Length: 0\r\n\r\n", ": answered 529\n"},
 		{"body", "HTTP/1.1 400 No\r\n\r\n" + body, "answered 400 Bad Request: (param REDACTED)"},
 		{"status line", "TOKEN KEY\r\n\r\n", "the answer is not HTTP"},
 		{"header line", "HTTP/1.1 200 OK\r\nTOKEN KEY\r\n\r\n", "the answer is not HTTP"},
 		{"trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nTOKEN KEY\r\n\r\n",
 			"answer cut: the answer is not HTTP"},
-		{"100", "HTTP/1.1 101 TOKEN KEY\r\n\r\n", "unasked, answered 101 Switching Protocols"},
+		{"100", "HTTP/1.1 101 TOKEN KEY\r\n\r\n", "unexpected status 101 Switching Protocols"},
 		{"long", "HTTP/1.1 429 No\r\nRetry-After: " + strings.Repeat("9", 900_000) +
-			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n", "999…; apim-request-id id\n"},
+			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n", "Retry-After: REDACTED; hint: too many requests or tokens for the deployment's quota; apim-request-id id\n"},
 		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: a\xe2\x80\xa8b\xc2\x9bc\r\nContent-Length: 0\r\n\r\n",
 			"apim-request-id a b c\n"},
 	}
 	fill := strings.NewReplacer("TOKEN", token, "KEY", key, "HALF", token[:len(token)/2],
-		"FILL", strings.Repeat("x", maxPiece-4))
+		"REST", token[len(token)/2:], "FILL", strings.Repeat("x ", maxPiece/2-2))
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			logged := captureLog(t)
@@ -2520,6 +2571,33 @@ func TestLogOfTheGoLibraryIsSafeToo(t *testing.T) {
 	}
 }
 
+// TestCheckKeepsTheGoLibrarysLogSafe, as it has the same upstream.
+func TestCheckKeepsTheGoLibrarysLogSafe(t *testing.T) {
+	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer(token, time.Hour)) })
+	p := startProgram(t, "", vars{"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
+		"TARGET_URL": rawAnswer(t, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"+token).URL + "/openai/"}, "-check")
+	if status, stderr := p.end(); status != 0 || strings.Contains(strings.Join(stderr, "\n"), "t0k3n") {
+		t.Errorf("got exit status %d and %q", status, stderr)
+	}
+}
+
+// TestCheckTellsItsHintsFromForeignOnes: a peer cannot have -check give advice.
+func TestCheckTellsItsHintsFromForeignOnes(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream := rawAnswer(t, "HTTP/1.1 429 No\r\nRetry-After: 1; hint: lacks the role\r\n\r\n")
+	var out bytes.Buffer
+	check(func(name string) string {
+		return vars{"TARGET_URL": upstream.URL + "/openai/",
+			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}[name]
+	}, &out)
+	if text := out.String(); strings.Contains(text, "\n      hint: lacks") || strings.Contains(text, "az role") ||
+		!strings.Contains(text, "\n      hint: too many requests") {
+		t.Errorf("got %s", text)
+	}
+}
+
 // TestWhatTheClientSaysIsBoundedInTheLog: a line has some hundred bytes of it.
 func TestWhatTheClientSaysIsBoundedInTheLog(t *testing.T) {
 	logged := captureLog(t)
@@ -2563,14 +2641,20 @@ func TestRefusalsAreExplainedThoughCompressed(t *testing.T) {
 		{"gzip in capitals", "GZIP", gzipped(audience), 401, wrong, role},
 		{"x-gzip", "x-gzip", gzipped(audience), 401, wrong, role},
 		{"deflate", "deflate", deflated, 401, wrong, role},
+		{"deflate, bare", "deflate", pack(func(w io.Writer) io.WriteCloser {
+			bare, _ := flate.NewWriter(w, flate.DefaultCompression)
+			return bare
+		}, audience), 401, wrong, role},
 		{"identity", "identity", audience, 401, wrong, role},
 		{"gzip, its beginning", "gzip", gzipped(audience + random(99_000)), 401, wrong, role},
 		{"bomb", "gzip", gzipped(strings.Repeat(" ", 99<<20)), 401, "answered 401", wrong},
 		{"code", "gzip", gzipped(`{"error":{"code":"unsupported_parameter","param":"max_tokens"}}`), 400,
 			"answered 400 Bad Request: unsupported_parameter (param max_tokens)\n", "hint"},
-		{"brotli", "br", "\x0b\x02\x80", 401, "aoai-proxy -check reads it", role},
-		{"two encodings", "gzip, br", gzipped(audience), 401, "aoai-proxy -check reads it", role},
-		{"not gzip", "gzip", audience, 401, "aoai-proxy -check reads it", role},
+		{"brotli", "br", "\x0b\x02\x80", 401, "compressed in a way that cannot be read here", role},
+		{"two encodings", "gzip, br", gzipped(audience), 401, "compressed in a way that cannot be read here", role},
+		{"not gzip", "gzip", audience, 401, "compressed in a way that cannot be read here", role},
+		{"empty gzip", "gzip", "", 401, role, "compressed"},
+		{"brotli, a 404", "br", "\x0b\x02\x80", 404, "compressed in a way", "no such path"},
 		{"brotli, a 429", "br", "\x0b\x02\x80", 429, "too many requests", role},
 	}
 	for _, tt := range tests {
@@ -2669,7 +2753,7 @@ func TestUpstreamHints(t *testing.T) {
 		if tt.status == 429 {
 			resp.Header.Set("Retry-After", "7")
 		}
-		if got := f.explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt}); !strings.Contains(got, tt.want) {
+		if got := withHint(f.explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
 			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
 		}
 	}

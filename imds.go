@@ -48,9 +48,6 @@ type token struct {
 	refresh       time.Time // from then on it is due to be replaced
 }
 
-// secret is the token itself.
-func (t token) secret() string { return strings.TrimPrefix(t.authorization, "Bearer ") }
-
 // validAt asks both clocks in a time.Time: the monotonic one stops while a machine sleeps, the
 // wall clock can be set back.
 func (t token) validAt(now time.Time) bool {
@@ -79,11 +76,17 @@ func (t token) claims() claims {
 // tokenError is why there is no token.
 type tokenError struct {
 	text       string
+	hint       string        // what to do about it, if that is known
 	transient  bool          // the same request may fare better in a moment
 	retryAfter time.Duration // when to ask again; 0 if that is not known
 }
 
-func (e *tokenError) Error() string { return e.text }
+func (e *tokenError) Error() string {
+	if e.hint == "" {
+		return e.text
+	}
+	return e.text + "; hint: " + e.hint
+}
 
 // tokenSource holds one token and replaces it before it expires.
 //
@@ -126,11 +129,12 @@ func (s *tokenSource) token(ctx context.Context) (token, error) {
 	if s.held.validAt(now) {
 		return s.held, nil
 	}
-	text := "the token expired as soon as it came"
+	e := tokenError{text: "the token expired as soon as it came"}
 	if s.failure != nil {
-		text = s.failure.text
+		e = *s.failure
 	}
-	return token{}, &tokenError{text: text, retryAfter: s.quietUntil.Sub(now)}
+	e.retryAfter = s.quietUntil.Sub(now)
+	return token{}, &e
 }
 
 // startFetch returns the fetch under way, having started it if need be, or nil if a recent
@@ -157,7 +161,7 @@ func (s *tokenSource) renew(flight chan struct{}) {
 	defer cancel()
 	t, failure := s.fetch(ctx)
 	if failure != nil {
-		log.Printf("no new token: %s", failure.text)
+		log.Printf("no new token: %v", failure)
 	}
 
 	s.mu.Lock()
@@ -284,7 +288,7 @@ func newSource(getenv func(string) string, scope string, hidden *secrets) (*sour
 		MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
 	}
 	s.getenv, s.now, s.sleep, s.transport, s.secrets = getenv, time.Now, sleep, transport, hidden
-	s.secrets.hide(getenv(s.secret))
+	s.secrets.hide("endpoint's secret", getenv(s.secret))
 	s.resource = strings.TrimSuffix(scope, "/.default")
 	s.keyDir = arcFile("/var/opt/azcmagent/tokens", "ProgramData", "Tokens")
 	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
@@ -304,7 +308,6 @@ func newSource(getenv func(string) string, scope string, hidden *secrets) (*sour
 		}
 	case "workload identity":
 		s.path = "/" + url.PathEscape(getenv("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
-		transport.Proxy = http.ProxyFromEnvironment // Entra ID is outside
 	}
 
 	raw := cmp.Or(getenv(s.endpoint), s.fallback)
@@ -317,10 +320,22 @@ func newSource(getenv func(string) string, scope string, hidden *secrets) (*sour
 		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s",
 			s.endpoint, cmp.Or(s.fallback, "http://127.0.0.1:41964/msi/token"))
 	}
-	if s.name == "workload identity" && s.url.Scheme == "http" && !isLoopback(s.url.Hostname()) {
-		return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
+	if s.name == "workload identity" {
+		if s.url.Scheme == "http" && !isLoopback(s.url.Hostname()) {
+			return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
+		}
+		transport.Proxy = proxyTo(s.url) // Entra ID is outside
 	}
 	return &s, nil
+}
+
+// proxyTo is how a transport finds the proxy to a host that is not on this one. In the clear none is
+// used: what is asked without TLS is on a loopback address, whatever the host is called.
+func proxyTo(u *url.URL) func(*http.Request) (*url.URL, error) {
+	if u.Scheme != "https" {
+		return nil
+	}
+	return http.ProxyFromEnvironment
 }
 
 // why says what shows that the source is there.
@@ -393,7 +408,7 @@ func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) 
 		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
 	}
 	proof := strings.TrimSpace(string(assertion))
-	s.secrets.hide(proof)
+	s.secrets.hide("proof", proof)
 	return s.newPost(url.Values{
 		"client_id":             {s.clientID},
 		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
@@ -418,7 +433,7 @@ func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
 	if err != nil {
 		return nil, s.errorf("sent a challenge that cannot be met: %v", err)
 	}
-	s.secrets.hide(key)
+	s.secrets.hide("proof", key)
 	req.Header.Set("Authorization", "Basic "+key)
 	return req, nil
 }
@@ -490,7 +505,7 @@ func (s *source) try(ctx context.Context) (token, *tokenError) {
 		failure.transient = err == errExpired
 		return token{}, failure
 	}
-	s.secrets.hide(t.secret())
+	s.secrets.hide("token", strings.TrimPrefix(t.authorization, "Bearer "))
 	if s.name == "Azure Arc" && s.clientID != "" && !strings.EqualFold(t.clientID, s.clientID) {
 		return token{}, s.errorf("gave the token of another identity, as older agents do; " +
 			"unset AZURE_CLIENT_ID")
@@ -516,7 +531,7 @@ func (s *source) do(ctx context.Context, req *http.Request) (*http.Response, []b
 	failure := s.errorf("gave no answer: %s", cause(err))
 	failure.transient = true
 	if s.name == "IMDS" {
-		failure.text += "; hint: only Azure hosts have it"
+		failure.hint = "only Azure hosts have it"
 	}
 	return nil, nil, failure
 }
@@ -580,11 +595,11 @@ func systemError(op *net.OpError) string {
 
 // statusError is an HTTP status that ends a round trip.
 type statusError struct {
-	who  string // "HTTPS_PROXY"
+	what string // "HTTPS_PROXY answered"
 	code int
 }
 
-func (e statusError) Error() string { return e.who + " answered " + statusText(e.code) }
+func (e statusError) Error() string { return e.what + " " + statusText(e.code) }
 
 // statusText is a status for the log: its code with Go's own text for it, never the peer's.
 func statusText(code int) string {
@@ -605,7 +620,7 @@ func (s *source) refusal(resp *http.Response, body []byte) *tokenError {
 		status == http.StatusTooManyRequests || status >= 500
 	for _, h := range hints {
 		if strings.Contains(e.text, h.text) {
-			e.text += "; hint: " + h.hint
+			e.hint = h.hint
 		}
 	}
 	return e
@@ -656,37 +671,27 @@ func words(body []byte) string {
 // How much is shown, in bytes.
 const (
 	maxPiece = 500  // of one text from outside
-	maxLine  = 2000 // of a line, which may hold several
+	maxLine  = 4000 // of a line, which may hold several
 )
 
 // secrets are what this program must not tell: the key of its clients, what proves it to the identity
-// endpoint, and the tokens.
+// endpoint, and the token.
 type secrets struct {
-	mu     sync.RWMutex // protects the fields below
-	values []string     // oldest first
-	sorted []string     // the same, longest first: one may be part of another
+	mu     sync.RWMutex // protects values
+	values []secret     // one of a kind, longest first, as one may be part of another
 }
 
-// maxSecrets is how many are remembered. The first ones are those of the settings; of the others the
-// oldest is forgotten, which had to do with a fetch long ago.
-const (
-	maxSecrets     = 20
-	settingSecrets = 2 // EXPECTED_KEY, and IDENTITY_HEADER or MSI_SECRET
-)
+type secret struct{ kind, value string }
 
-// hide adds a secret.
-func (s *secrets) hide(secret string) {
+// hide makes value the secret of its kind.
+func (s *secrets) hide(kind, value string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if secret == "" || slices.Contains(s.values, secret) {
-		return
+	s.values = slices.DeleteFunc(s.values, func(other secret) bool { return other.kind == kind })
+	if value != "" {
+		s.values = append(s.values, secret{kind, value})
 	}
-	s.values = append(s.values, secret)
-	if len(s.values) > maxSecrets {
-		s.values = slices.Delete(s.values, settingSecrets, settingSecrets+1)
-	}
-	s.sorted = slices.Clone(s.values)
-	slices.SortFunc(s.sorted, func(a, b string) int { return len(b) - len(a) })
+	slices.SortFunc(s.values, func(a, b secret) int { return len(b.value) - len(a.value) })
 }
 
 // safe makes a text fit to be shown. Whatever comes from outside (from the upstream, the identity
@@ -700,34 +705,51 @@ func (s *secrets) safe(text string, limit int) string {
 	return strings.ToValidUTF8(text[:limit], "") + "…"
 }
 
-// redact takes the secrets out of a text. Of a long one its first bytes are enough to be found, with
-// as many more as follow: whoever repeats a token may have cut it.
+// How a secret is known that is not whole or not held, in bytes. Whoever repeats a token may have cut
+// it, and may repeat one that was replaced since; nothing else is a word so long.
+const (
+	secretStart = 16
+	longestWord = 100
+)
+
+// redact takes the secrets out of a text, and the words that may be part of one.
 func (s *secrets) redact(text string) string {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	for _, secret := range s.sorted {
-		start := secret[:min(len(secret), 16)]
-		if !strings.Contains(text, start) {
-			continue
-		}
-		var out strings.Builder
-		for {
-			before, rest, found := strings.Cut(text, start)
-			out.WriteString(before)
-			if !found {
-				break
-			}
-			out.WriteString("REDACTED")
-			more := secret[len(start):]
-			for more != "" && rest != "" && more[0] == rest[0] {
-				more, rest = more[1:], rest[1:]
-			}
-			text = rest
-		}
-		text = out.String()
+	for _, secret := range s.values {
+		text = strings.ReplaceAll(text, secret.value, "REDACTED")
 	}
-	return text
+	mayBePart := func(word string) bool {
+		return len(word) > longestWord || slices.ContainsFunc(s.values, func(secret secret) bool {
+			return len(secret.value) > secretStart && strings.Contains(word, secret.value[:secretStart])
+		})
+	}
+	var out strings.Builder
+	done := 0 // bytes of text that are in out, or redacted
+	for start := 0; start < len(text); start++ {
+		end := start
+		for end < len(text) && isTokenByte[text[end]] {
+			end++
+		}
+		if mayBePart(text[start:end]) {
+			out.WriteString(text[done:start] + "REDACTED")
+			done = end
+		}
+		start = end
+	}
+	if done == 0 {
+		return text
+	}
+	return out.String() + text[done:]
 }
+
+// isTokenByte has the bytes of a token: those of base64url and of RFC 6750's b64token, less the slash.
+var isTokenByte = func() (set [256]bool) {
+	for _, c := range letters + digits + "-._~+=" {
+		set[c] = true
+	}
+	return set
+}()
 
 // printable is s with a space for whatever could forge a log line or hide in it.
 func printable(s string) string {

@@ -257,6 +257,7 @@ func TestSourceIsTheOneTheEnvironmentMarks(t *testing.T) {
 		{"header without endpoint", "IDENTITY_HEADER=s", none, "error: IDENTITY_HEADER is set without IDENTITY_ENDPOINT"},
 		{"Azure Arc by half", "IMDS_ENDPOINT=http://127.0.0.1", none, "error: IMDS_ENDPOINT is set without IDENTITY_ENDPOINT"},
 		{"Azure ML by half", "MSI_SECRET=s", none, "error: MSI_SECRET is set without MSI_ENDPOINT"},
+		{"authority in the clear, on this host", workload + "AZURE_AUTHORITY_HOST=http://LOCALHOST.:9", none, "workload identity http://LOCALHOST.:9/t/oauth2/v2.0/token"},
 		{"one source whole, another by half", workload + "MSI_SECRET=s", none, "error: MSI_SECRET is set without MSI_ENDPOINT"},
 		{"not a URL", "AZURE_POD_IDENTITY_AUTHORITY_HOST=169.254.169.254", none, "error: AZURE_POD_IDENTITY_AUTHORITY_HOST: not a URL with a host"},
 		{"another scheme", "MSI_ENDPOINT=ftp://127.0.0.1", none, "error: MSI_ENDPOINT: not a URL"},
@@ -339,8 +340,25 @@ func TestEachSourceIsAskedItsOwnWay(t *testing.T) {
 		if got != tt.want {
 			t.Errorf("%s:\n got %q\nwant %q", tt.name, got, tt.want)
 		}
-		if proxied := s.transport.(*http.Transport).Proxy != nil; proxied != (s.name == "workload identity") {
-			t.Errorf("%s: goes through the proxy of the environment: %v", tt.name, proxied)
+		if s.transport.(*http.Transport).Proxy != nil {
+			t.Errorf("%s: goes through the proxy of the environment", tt.name)
+		}
+	}
+}
+
+// TestOnlyEntraIDIsAskedThroughAProxy, and only over TLS: HTTP_PROXY would see the federated token.
+func TestOnlyEntraIDIsAskedThroughAProxy(t *testing.T) {
+	for env, want := range map[string]bool{
+		"AZURE_AUTHORITY_HOST=https://login.example": true,
+		"AZURE_AUTHORITY_HOST=http://LOCALHOST:9":    false,
+		"AZURE_AUTHORITY_HOST=http://localhost.:9":   false,
+	} {
+		s, err := pickSource(t, env+" AZURE_FEDERATED_TOKEN_FILE=f AZURE_TENANT_ID=t AZURE_CLIENT_ID=c", "/nowhere")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.transport.(*http.Transport).Proxy != nil; got != want {
+			t.Errorf("%s: goes through the proxy of the environment: %v, want %v", env, got, want)
 		}
 	}
 }
@@ -945,7 +963,8 @@ func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
 	}
 	s, _ := newTestSource(t, newFakeIdentity(t), "AZURE_POD_IDENTITY_AUTHORITY_HOST="+nobody)
 	_, failure := s.fetch(context.Background())
-	if failure == nil || !failure.transient || !strings.Contains(failure.text, "connection refused; hint: only Azure hosts have it") {
+	if failure == nil || !failure.transient || failure.hint != "only Azure hosts have it" ||
+		!strings.Contains(failure.text, "gave no answer: dial tcp 127.0.0.1:1: ") {
 		t.Errorf("nobody there: got %v", failure)
 	}
 }
@@ -1059,10 +1078,10 @@ func TestHeldTokenAndKeyStayOutOfAFailure(t *testing.T) {
 	log := captureLog(t)
 	f := newFakeIdentity(t)
 	tokens, c := newTestTokens(t, f, imdsEnv)
-	held := "eyJ0eXAi.held." + strings.Repeat("t0k3n", 300)
+	held := "eyJ0eXAi.held." + strings.Repeat("t0k3n", 15) // short enough to be no secret otherwise
 	f.answerWith(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer(held, time.Hour)) })
 	tokens.want(t, held)
-	for _, words := range []string{"x " + held, strings.Repeat("x", 490) + held, "x " + held[:700],
+	for _, words := range []string{"x " + held, strings.Repeat("x ", 245) + held, "x " + held[:40],
 		`{"error_description":"` + held + `"}`} {
 		f.answerWith(refuse(400, "", words))
 		c.advance(50 * time.Minute)
@@ -1078,38 +1097,47 @@ func TestHeldTokenAndKeyStayOutOfAFailure(t *testing.T) {
 
 // TestSafeText: secrets go first, then what could forge a line, then what is too long.
 func TestSafeText(t *testing.T) {
+	const header = "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9."
+	const held, proof = header + "eyJpYXQiOjJ9.held", header + "eyJpYXQiOjF9.proof" // begin alike
 	s := &secrets{}
-	key, long := "open sesame", "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9.payload.signature"
-	for _, secret := range []string{"", key, long, "sesame", long} {
-		s.hide(secret)
+	s.hide("endpoint's secret", "sesame")
+	s.hide("key", "open sesame")
+	s.hide("proof", proof)
+	s.hide("other", "")
+	for i := range 1000 { // pushes out none of another kind
+		s.hide("token", strconv.Itoa(i))
 	}
-	for _, tt := range []struct{ name, text, want string }{
-		{"nothing to do", "a b", "a b"},
-		{"empty", "", ""},
-		{"key", "a open sesame b", "a REDACTED b"},
-		{"one secret in another", "sesame, open sesame", "REDACTED, REDACTED"},
-		{"token, twice", long + long + " b", "REDACTEDREDACTED b"},
-		{"beginning of a token", "a " + long[:20] + "… b", "a REDACTED… b"},
-		{"token cut by us", strings.Repeat("x", 16) + long, strings.Repeat("x", 16) + "REDA…"},
-		{"control characters", "a\nb\r\x1b\u2028\u202e\x00c", "a b     c"},
-		{"too long", strings.Repeat("y", 21), strings.Repeat("y", 20) + "…"},
-		{"too long, cut within a rune", strings.Repeat("y", 19) + "üü", strings.Repeat("y", 19) + "…"},
+	s.hide("token", held)
+	x := func(n int) string { return strings.Repeat("x", n) }
+	for _, tt := range []struct {
+		name, text string
+		limit      int
+		want       string
+	}{
+		{"nothing to do", "a b", 9, "a b"},
+		{"empty", "", 9, ""},
+		{"key", "a open sesame b", 99, "a REDACTED b"},
+		{"one secret in another", "sesame, open sesame", 99, "REDACTED, REDACTED"},
+		{"token", "a " + held + " b", 99, "a REDACTED b"},
+		{"proof, which begins alike", "a " + proof + " b", 99, "a REDACTED b"},
+		{"tokens in a row", held + held + "\n", 99, "REDACTEDREDACTED "},
+		{"beginning of a token", "a " + held[:20] + "… b", 99, "a REDACTED… b"},
+		{"beginning of a token, and more", "a:" + held[:20] + "guess b", 99, "a:REDACTED b"},
+		{"beginning within a word", "a:x" + held[:16] + "/b", 99, "a:REDACTED/b"},
+		{"less than counts", "a " + held[:15] + " b", 99, "a " + held[:15] + " b"},
+		{"a word that may be a token", "a/" + x(101) + "?b", 99, "a/REDACTED?b"},
+		{"words that are none", x(100) + "/" + x(100), 201, x(100) + "/" + x(100)},
+		{"token at the limit", x(16) + " " + held, 20, x(16) + " RED…"},
+		{"control characters", "a\nb\r\x1b\u2028\u202e\x00c", 20, "a b     c"},
+		{"at the limit", x(20), 20, x(20)},
+		{"too long", x(21), 20, x(20) + "…"},
+		{"too long, cut within a rune", x(19) + "üü", 20, x(19) + "…"},
 	} {
-		limit := 20
-		if strings.Contains(tt.want, "REDACTED") {
-			limit = 100
-		}
-		if got := s.safe(tt.text, limit); got != tt.want {
+		if got := s.safe(tt.text, tt.limit); got != tt.want {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
 		}
 	}
-	for i := range 1000 { // the two of the settings stay
-		s.hide("old token " + strconv.Itoa(i))
-	}
-	if got := s.safe("open sesame, old token 999", 100); got != "REDACTED, REDACTED" {
-		t.Errorf("after many tokens: got %q", got)
-	}
-	if n := len(s.values); n > maxSecrets {
+	if n := len(s.values); n != 4 {
 		t.Errorf("%d secrets are kept", n)
 	}
 }
@@ -1118,18 +1146,19 @@ func FuzzSafeText(f *testing.F) {
 	f.Add("a open sesame b", "open sesame", 10)
 	f.Add("\x1b\n\u202e\xff", "\n", 3)
 	f.Add("xxxxxxxxxxxxxxxxxxxxxxxx", "xxxxxxxxxxxxxxxxxxx", 5)
-	f.Fuzz(func(t *testing.T, text, secret string, limit int) {
-		if limit < 1 || limit > 1e6 || strings.Contains("REDACTED", secret) {
+	f.Fuzz(func(t *testing.T, text, value string, limit int) {
+		if limit < 1 || limit > 1e6 || strings.Contains("REDACTED", value) {
 			return
 		}
 		s := &secrets{}
-		s.hide(secret)
+		s.hide("key", value)
+		s.hide("token", value+"2")
 		got := s.safe(text, limit)
 		if len(got) > limit+len("…") || printable(got) != got || !utf8.ValidString(got) {
-			t.Errorf("%q without %q: got %q", text, secret, got)
+			t.Errorf("%q without %q: got %q", text, value, got)
 		}
-		if redacted := s.redact(text); strings.Contains(text, secret) && redacted == text {
-			t.Errorf("%q keeps %q", text, secret)
+		if strings.Contains(strings.ReplaceAll(s.redact(text), "REDACTED", "\x00"), value) {
+			t.Errorf("%q keeps %q", text, value)
 		}
 	})
 }
@@ -1195,7 +1224,7 @@ func TestCauseTellsKnownErrorsOnly(t *testing.T) {
 		{&net.OpError{Op: "proxyconnect", Net: "tcp", Err: &net.OpError{Op: "dial", Net: "tcp",
 			Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9}, Err: errors.New("LEAK")}},
 			"proxyconnect: dial tcp 127.0.0.1:9: failed"},
-		{statusError{"HTTPS_PROXY", 407}, "HTTPS_PROXY answered 407 Proxy Authentication Required"},
+		{statusError{proxyAnswered, 407}, "HTTPS_PROXY answered 407 Proxy Authentication Required"},
 	} {
 		if got := cause(tt.err); got != tt.want {
 			t.Errorf("%v: got %q, want %q", tt.err, got, tt.want)

@@ -71,6 +71,7 @@ HTTPS_PROXY, NO_PROXY
                      proxy to the upstream, and to Entra ID; its exceptions
 SSL_CERT_FILE, SSL_CERT_DIR
                      certificate authorities
+GODEBUG              settings of the Go library, TLS among them
 and what other platforms set: AZURE_FEDERATED_TOKEN_FILE, AZURE_TENANT_ID,
 AZURE_AUTHORITY_HOST, IMDS_ENDPOINT, MSI_ENDPOINT, MSI_SECRET,
 DEFAULT_IDENTITY_CLIENT_ID, IDENTITY_SERVER_THUMBPRINT
@@ -82,7 +83,7 @@ var settings = strings.Fields(`TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SC
 
 // environmentOnly are the variables that it may not, although the program or the Go library reads
 // them: a .env file that came with somebody's repository would get the token with them.
-var environmentOnly = strings.Fields(`HTTPS_PROXY HTTP_PROXY NO_PROXY https_proxy http_proxy no_proxy
+var environmentOnly = strings.Fields(`HTTPS_PROXY NO_PROXY https_proxy no_proxy
 	SSL_CERT_FILE SSL_CERT_DIR GODEBUG IDENTITY_ENDPOINT IDENTITY_HEADER IDENTITY_SERVER_THUMBPRINT
 	IMDS_ENDPOINT MSI_ENDPOINT MSI_SECRET DEFAULT_IDENTITY_CLIENT_ID AZURE_FEDERATED_TOKEN_FILE
 	AZURE_TENANT_ID AZURE_AUTHORITY_HOST AZURE_POD_IDENTITY_AUTHORITY_HOST`)
@@ -100,7 +101,7 @@ func init() {
 
 func main() {
 	if err := run(os.Args[1:], os.Stdout); err != nil {
-		fmt.Fprintln(os.Stderr, "aoai-proxy:", err)
+		fmt.Fprintln(os.Stderr, "aoai-proxy:", (&secrets{}).safe(err.Error(), maxLine))
 		os.Exit(1)
 	}
 }
@@ -132,7 +133,7 @@ func run(args []string, stdout io.Writer) error {
 		return err
 	}
 	getenv := func(name string) string {
-		if value := os.Getenv(name); strings.TrimSpace(value) != "" {
+		if value := os.Getenv(name); strings.TrimSpace(value) != "" || !slices.Contains(settings, name) {
 			return value
 		}
 		return file.values[name]
@@ -144,6 +145,9 @@ func run(args []string, stdout io.Writer) error {
 		return check(getenv, stdout)
 	}
 	cfg, err := loadConfig(getenv)
+	if err != nil && len(file.refused) > 0 {
+		return fmt.Errorf("%w (%s)", err, file.refusal())
+	}
 	if err != nil {
 		return err
 	}
@@ -151,7 +155,7 @@ func run(args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	log.SetOutput(logWriter{cfg.secrets, os.Stderr})
+	log.SetOutput(logWriter{cfg.secrets, log.Writer()})
 	for _, line := range file.report(os.Getenv) {
 		log.Print(line)
 	}
@@ -206,16 +210,21 @@ func (d dotEnv) report(getenv func(string) string) []string {
 	lines := []string{"read .env in the working directory for what the environment leaves out: " +
 		cmp.Or(strings.Join(taken, ", "), "nothing")}
 	if len(d.refused) > 0 {
-		lines = append(lines, "warning: not taken from .env, as it must come from the environment: "+
-			strings.Join(d.refused, ", "))
+		lines = append(lines, d.refusal())
 	}
 	return lines
 }
 
-// readDotEnv reads the file, if there is one. A directory of this name is a Python environment.
+// refusal names what is not taken.
+func (d dotEnv) refusal() string {
+	return "not taken from .env, as it must come from the environment: " + strings.Join(d.refused, ", ")
+}
+
+// readDotEnv reads the file, if there is one. A directory of this name is a Python environment, and a
+// device has no end.
 func readDotEnv(file string) (dotEnv, error) {
 	info, err := os.Stat(file)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && info.IsDir() {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && info.Mode()&(fs.ModeDir|fs.ModeDevice) != 0 {
 		return dotEnv{}, nil
 	}
 	text, err := os.ReadFile(file)
@@ -315,7 +324,7 @@ func loadConfig(getenv func(string) string) (*config, error) {
 
 		secrets: &secrets{},
 	}
-	cfg.secrets.hide(cfg.key)
+	cfg.secrets.hide("key", cfg.key)
 	if !isPort(cfg.port) {
 		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
 	}
@@ -337,16 +346,17 @@ func loadConfig(getenv func(string) string) (*config, error) {
 }
 
 // checkProxy refuses a HTTPS_PROXY that cannot be read. The Go library would ignore it and send the
-// token directly. HTTP_PROXY is never used: what is asked in the clear is on this host or its link.
+// token directly. HTTP_PROXY is never used, see proxyTo.
 func checkProxy(getenv func(string) string) error {
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
-		raw := getenv(name)
+		raw := getenv(name) // as it is: the Go library does not trim it
 		if raw != "" && !strings.Contains(raw, "://") {
 			raw = "http://" + raw
 		}
 		u, err := url.Parse(raw)
 		schemes := []string{"http", "https", "socks5", "socks5h"}
-		if raw != "" && (err != nil || !hasHost(u) || !slices.Contains(schemes, u.Scheme)) {
+		if raw != "" && (err != nil || !hasHost(u) || !slices.Contains(schemes, u.Scheme) ||
+			strings.Trim(u.Path+u.RawQuery+u.Fragment, "/") != "") { // of a password, mostly
 			return fmt.Errorf("%s: not a URL of a proxy; want one such as http://proxy.example:3128 or "+
 				"http://USER:PASSWORD@proxy.example:3128, with special characters in the password "+
 				"percent-encoded (%%25 for %%)", name)
@@ -518,20 +528,15 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintln(w, "ok")
 }
 
-// notReady says why the proxy is not ready, or nothing. The endpoint's words are for this host only.
+// notReady says why the proxy is not ready, or nothing.
 func (p *proxy) notReady(r *http.Request) string {
 	if p.draining.Load() {
 		return "shutting down"
 	}
-	_, err := p.tokens.token(r.Context())
-	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	switch {
-	case err == nil:
-		return ""
-	case isLoopback(host):
-		return "no token: " + err.Error()
+	if _, err := p.tokens.token(r.Context()); err != nil {
+		return noToken(r, err)
 	}
-	return "no token"
+	return ""
 }
 
 // serve answers requests until a signal arrives. Then it stops accepting and lets the running
@@ -607,14 +612,18 @@ func (c *config) whoMayUseIt() string {
 // check tries what the proxy needs, step by step, and says what is wrong and what to do. It sends a
 // token request and one request to the upstream that uses no model, nothing else.
 func check(getenv func(string) string, out io.Writer) error {
-	hidden := &secrets{} // until the settings are read, their errors show no secret
+	hidden := &secrets{} // none until the settings are read
 	ok := func(step, format string, args ...any) {
 		text := hidden.safe(fmt.Sprintf(format, args...), maxLine)
 		fmt.Fprintf(out, "ok    %s: %s\n", step, text)
 	}
-	fail := func(step, text string) error {
-		text = strings.ReplaceAll(hidden.safe(text, maxLine), "; hint: ", "\n      hint: ")
-		fmt.Fprintf(out, "FAIL  %s: %s\n", step, text)
+	fail := func(step, text string, hints ...string) error {
+		fmt.Fprintf(out, "FAIL  %s: %s\n", step, hidden.safe(text, maxLine))
+		for _, hint := range hints {
+			if hint != "" {
+				fmt.Fprintf(out, "      hint: %s\n", hidden.safe(hint, maxLine))
+			}
+		}
 		return errors.New(step + " failed the check")
 	}
 	cfg, err := loadConfig(getenv)
@@ -622,6 +631,7 @@ func check(getenv func(string) string, out io.Writer) error {
 		return fail("settings", err.Error())
 	}
 	hidden = cfg.secrets
+	log.SetOutput(logWriter{hidden, log.Writer()})
 	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
 	var addrs []string
 	for _, host := range cfg.listenHosts() {
@@ -635,9 +645,10 @@ func check(getenv func(string) string, out io.Writer) error {
 	defer cancel()
 	t, tokenErr := cfg.source.fetch(ctx)
 	if tokenErr != nil {
-		return fail("token", tokenErr.text)
+		return fail("token", tokenErr.text, tokenErr.hint)
 	}
 	c := t.claims()
+	c.Object = hidden.safe(c.Object, maxPiece)
 	ok("token", "audience %s, tenant %s, object id %s, client id %s, expires %s",
 		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
 
@@ -663,36 +674,42 @@ func check(getenv func(string) string, out io.Writer) error {
 	defer cancel()
 	resp, err := f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		return fail("upstream", "no answer from "+req.URL.Host+": "+failure(err))
+		text, hint := f.failure(err)
+		return fail("upstream", text, hint)
 	}
 	defer resp.Body.Close()
 	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
-	answered := asked + ": " + f.explain(resp, said, t)
-	isJSON := strings.HasPrefix(string(said), "{")
+	said, _ = unpacked(said, resp.Header.Get("Content-Encoding")) // though none was asked for
+	resp.Header.Del("Content-Encoding")
+	text, hint := f.explain(resp, said, t)
+	answered := asked + ": " + text
+	isJSON := strings.HasPrefix(strings.TrimSpace(string(said)), "{")
 	switch status := resp.StatusCode; {
 	case req.Method == http.MethodGet && status == http.StatusOK && isJSON:
 		ok("upstream", "%s", answered)
 		return nil
-	case req.Method == http.MethodPost && status == http.StatusBadRequest && isJSON &&
-		!strings.Contains(answered, "; hint: "):
+	case req.Method == http.MethodPost && status == http.StatusBadRequest &&
+		reason(said) == "invalid_request_error":
 		ok("upstream", "%s: as it should of an empty object", answered)
 		return nil
-	case strings.HasPrefix(cfg.target.Path, "/models/") && status == http.StatusNotFound:
+	case cfg.target.Path == "/models/" && status == http.StatusNotFound:
 		ok("upstream", "%s: answered %s, as services without a list of models do", asked,
 			statusText(status))
 		return nil
 	}
-	if !strings.Contains(cfg.target.Path, "openai") {
-		answered += "; hint: " + noOpenAI
+	pathHint := noOpenAI
+	if strings.Contains(cfg.target.Path, "openai") {
+		pathHint = ""
 	}
-	err = fail("upstream", answered)
+	err = fail("upstream", answered, hint, pathHint)
 	if text := words(said); text != "" {
 		fmt.Fprintf(out, "      it says: %s\n", hidden.safe(text, maxPiece))
 	}
 	name, _, _ := strings.Cut(req.URL.Host, ".")
-	isID := func(s string) bool { return consistsOf(s, letters+digits+"-") } // and safe in a shell
-	if isID(c.Object) && c.Object != "unknown" && isID(name) && strings.Contains(answered, roleName) {
+	inShell := func(s string) bool { return consistsOf(s, letters+digits+"-") }
+	isUUID := len(c.Object) == 36 && inShell(c.Object)
+	if isUUID && inShell(name) && strings.Contains(hint, roleName) {
 		fmt.Fprintf(out, roleCommand, c.Object, roleName, name)
 	}
 	return err
@@ -709,7 +726,7 @@ func (f *forwarder) checkRequest() *http.Request {
 			Header: header, Body: io.NopCloser(strings.NewReader("{}")), ContentLength: 2}
 	}
 	u := upstreamURL(f.target, "/models")
-	if !strings.Contains(u.Opaque, "/v1/") { // which has no versions
+	if !strings.HasSuffix(f.target.Path, "/v1/") { // which has no versions
 		u.RawQuery = "api-version=2024-10-21"
 	}
 	return &http.Request{Method: http.MethodGet, URL: u, Header: header}
