@@ -27,6 +27,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -99,6 +100,7 @@ type forwarder struct {
 	secrets   *secrets
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
+	endTime   time.Duration // for one direction of a tunnel to end after the other
 	active    atomic.Int64  // requests and tunnels under way, "streams" in the log
 }
 
@@ -110,6 +112,7 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 		tokens:   tokens,
 		secrets:  cfg.secrets,
 		bodyTime: time.Minute,
+		endTime:  time.Minute,
 		transport: &http.Transport{
 			Proxy:                  proxyTo(cfg.target),
 			OnProxyConnectResponse: refusedByProxy,
@@ -364,7 +367,8 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 // that a second decoding would change, and no overlong form of a dot or slash, which is no UTF-8.
 func isPlainPath(path string) bool {
 	segments := strings.FieldsFunc(path, func(r rune) bool {
-		return r <= ' ' || strings.ContainsRune(`/\;?#`, r) // each ends a segment to some servers
+		// Each of these ends a segment to some servers.
+		return strings.ContainsRune(`/\;?#`, r) || unicode.IsSpace(r) || unicode.IsControl(r)
 	})
 	return utf8.ValidString(path) && !strings.Contains(path, "%") &&
 		!slices.Contains(segments, ".") && !slices.Contains(segments, "..")
@@ -663,18 +667,23 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	// The first bytes of the client may be in the server's buffer already. What follows is read from
 	// the connection itself: read through that buffer, its end would cancel r.Context().
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
-	ends := make(chan error, 2)
-	go func() { ends <- copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client)) }()
-	go func() { ends <- copyToEnd(client, upstream) }()
-	wait := tunnelEndTime
-	if err := <-ends; err != nil {
-		wait = lingerTime // for what is under way
-	}
-	timer := time.AfterFunc(wait, func() {
+	ended := make(chan bool, 2)
+	go func() {
+		copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client))
+		ended <- true
+	}()
+	go func() {
+		copyToEnd(client, upstream)
+		ended <- true
+	}()
+	<-ended
+	// The answer to a Close frame takes a moment (RFC 6455 §7.1.1). Who has gone altogether cannot be
+	// told from who still waits for it.
+	timer := time.AfterFunc(f.endTime, func() {
 		upstream.Close()
 		client.SetDeadline(time.Now())
 	})
-	<-ends
+	<-ended
 	timer.Stop()
 	linger(client)
 }
@@ -683,21 +692,13 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 // frame takes a moment (RFC 6455 §7.1.1); who has gone altogether cannot be told from who still waits.
 const tunnelEndTime = time.Minute
 
-// copyToEnd copies from src to dst until src ends, and passes the end on.
-func copyToEnd(dst io.Writer, src io.Reader) error {
-	if _, err := io.Copy(dst, src); err != nil {
-		return err
+// copyToEnd copies from src to dst until src ends, and ends what is sent to dst, which can still be
+// read. The upstream's connection offers that from Go 1.24 on.
+func copyToEnd(dst io.Writer, src io.Reader) {
+	io.Copy(dst, src)
+	if half, ok := dst.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
 	}
-	return closeWrite(dst)
-}
-
-// closeWrite ends what is sent on a connection, which can still be read. The upstream's connection
-// offers that from Go 1.24 on.
-func closeWrite(conn io.Writer) error {
-	if half, ok := conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return errors.ErrUnsupported
 }
 
 // earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an

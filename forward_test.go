@@ -350,6 +350,7 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 		{"http over a network", "TARGET_URL", "http://10.0.0.4/openai/", https},
 		{"http with a password", "TARGET_URL", "http://user:s3cret@b.example/openai/?api-key=s3cret", https},
 		{"http for a name that begins with localhost", "TARGET_URL", "http://localhost.example/openai/", https},
+		{"http for localhost with a long s", "TARGET_URL", "http://localho\u017ft:1/openai/", https},
 		{"http for a name that begins with 127.0.0.1", "TARGET_URL", "http://127.0.0.1.example/openai/", https},
 		{"target escaped twice", "TARGET_URL", "https://b.example/openai/%252e%252e/s3cret", aBase},
 		{"proxy with a bare %", "HTTPS_PROXY", "http://jane:s3cret%ame@127.0.0.1:3128", encoded},
@@ -1551,6 +1552,9 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 		{"back-slash", "GET /..\\metadata", 400},
 		{"dots before a space", "GET /..%20/metadata", 400},
 		{"dots before a NUL", "GET /..%00/metadata", 400},
+		{"dots before DEL", "GET /..%7f/metadata", 400},
+		{"dots before a C1 control", "GET /..%c2%85/metadata", 400},
+		{"dots before white space of Unicode", "GET /..%e3%80%80/metadata", 400},
 		{"dots around a tab", "GET /.%09./metadata", 400},
 		{"escaped back-slash", "GET /a/..%5C..%5cmetadata", 400},
 		{"escaped twice", "GET /%252e%252e/metadata", 400},
@@ -2396,6 +2400,44 @@ func TestTunnelEndsInEachDirectionByItself(t *testing.T) {
 				}
 				conn.Close()
 			}
+		})
+	}
+}
+
+// TestTunnelDoesNotWaitForEver for the end of a side that takes no notice of the other's.
+func TestTunnelDoesNotWaitForEver(t *testing.T) {
+	for _, silent := range []string{"upstream", "client"} {
+		t.Run(silent, func(t *testing.T) {
+			captureLog(t)
+			release := make(chan bool)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				conn, _, err := http.NewResponseController(w).Hijack()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+				if silent == "upstream" {
+					<-release
+				}
+				conn.Close()
+			})
+			p := newTestProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
+			p.forward.endTime = time.Millisecond
+			p.start(t)
+			conn, r := p.dial(t, "GET /x HTTP/1.1\r\n"+webSocketHead+"\r\n")
+			if _, err := http.ReadResponse(r, nil); err != nil {
+				t.Fatal(err)
+			}
+			if silent == "upstream" {
+				conn.Close()
+			}
+			for deadline := time.Now().Add(safetyNet); p.forward.active.Load() > 0; runtime.Gosched() {
+				if time.Now().After(deadline) {
+					t.Fatal("the tunnel is still open")
+				}
+			}
+			close(release)
 		})
 	}
 }

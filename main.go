@@ -400,7 +400,7 @@ func isPort(s string) bool {
 // isLoopback tells whether a host without a port is localhost or a loopback literal, exactly. Names
 // count in any case (RFC 3986 §3.2.2), and a final dot is part of none.
 func isLoopback(host string) bool {
-	return strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") ||
+	return strings.ToLower(strings.TrimSuffix(host, ".")) == "localhost" ||
 		net.ParseIP(host).IsLoopback()
 }
 
