@@ -688,10 +688,6 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	linger(client)
 }
 
-// tunnelEndTime is how long one direction of a tunnel may outlive the other. The answer to a Close
-// frame takes a moment (RFC 6455 §7.1.1); who has gone altogether cannot be told from who still waits.
-const tunnelEndTime = time.Minute
-
 // copyToEnd copies from src to dst until src ends, and ends what is sent to dst, which can still be
 // read. The upstream's connection offers that from Go 1.24 on.
 func copyToEnd(dst io.Writer, src io.Reader) {
