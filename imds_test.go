@@ -1147,7 +1147,8 @@ func FuzzSafeText(f *testing.F) {
 	f.Add("\x1b\n\u202e\xff", "\n", 3)
 	f.Add("xxxxxxxxxxxxxxxxxxxxxxxx", "xxxxxxxxxxxxxxxxxxx", 5)
 	f.Fuzz(func(t *testing.T, text, value string, limit int) {
-		if limit < 1 || limit > 1e6 || strings.Contains("REDACTED", value) {
+		const mark = "\x00" // for what is redacted
+		if limit < 1 || limit > 1e6 || strings.Contains("REDACTED", value) || strings.Contains(value, mark) {
 			return
 		}
 		s := &secrets{}
@@ -1157,7 +1158,7 @@ func FuzzSafeText(f *testing.F) {
 		if len(got) > limit+len("…") || printable(got) != got || !utf8.ValidString(got) {
 			t.Errorf("%q without %q: got %q", text, value, got)
 		}
-		if strings.Contains(strings.ReplaceAll(s.redact(text), "REDACTED", "\x00"), value) {
+		if strings.Contains(strings.ReplaceAll(s.redact(text), "REDACTED", mark), value) {
 			t.Errorf("%q keeps %q", text, value)
 		}
 	})
