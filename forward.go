@@ -200,10 +200,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		e := errLeft
 		var failure *tokenError
 		if errors.As(err, &failure) {
-			e = &apiError{http.StatusServiceUnavailable, "no_token", noToken(r, err)}
-			if f.key != "" {
-				e.message = "no token: " + err.Error()
-			}
+			e = &apiError{http.StatusServiceUnavailable, "no_token", noToken(r, err, f.key != "")}
 			seconds := max(1, math.Ceil(failure.retryAfter.Seconds()))
 			w.Header().Set("Retry-After", strconv.Itoa(int(seconds)))
 		}
@@ -269,7 +266,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	said, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
-		f.logProblem(r, req, resp, start, withHint(f.explain(resp, said, t)))
+		plain, canRead := unpacked(said, resp.Header.Get("Content-Encoding"))
+		f.logProblem(r, req, resp, start, withHint(f.explain(resp, plain, canRead, t)))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
@@ -283,11 +281,11 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// noToken says why there is no token, if the caller is a program on this host and not a web page's:
-// the endpoint's words are nobody else's business.
-func noToken(r *http.Request, err error) string {
+// noToken says why there is no token, if the caller has a key or is a program on this host, and not a
+// web page's: the endpoint's words are nobody else's business.
+func noToken(r *http.Request, err error, hasKey bool) string {
 	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	if isLoopback(host) && !mayBeWebPage(r) {
+	if hasKey || isLoopback(host) && !mayBeWebPage(r) {
 		return "no token: " + err.Error()
 	}
 	return "no token"
@@ -299,7 +297,7 @@ func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
 	// The answer to TRACE, or TRACK as IIS has it, would repeat the token.
 	case method == http.MethodConnect, method == http.MethodTrace, method == "TRACK":
 		return &apiError{http.StatusMethodNotAllowed, "method_not_allowed",
-			strings.ToUpper(r.Method) + " is not forwarded"}
+			method + " is not forwarded"}
 	case !strings.HasPrefix(r.RequestURI, "/"):
 		return &apiError{http.StatusBadRequest, "invalid_path",
 			"the request target must be a path: this is no HTTP proxy for other hosts"}
@@ -808,20 +806,15 @@ func (f *forwarder) failure(err error) (text, hint string) {
 	return "no answer from " + f.target.Host + ": " + step + f.secrets.safe(cause(err), maxPiece), hint
 }
 
-// withHint is a text and its hint, if any, in one line.
-func withHint(text, hint string) string {
-	if hint == "" {
-		return text
-	}
-	return text + "; hint: " + hint
-}
-
 // roleName is the role that lets an identity use the models of a resource.
 const roleName = "Cognitive Services OpenAI User"
 
 // unpacked is the beginning of an answer's body without its compression, which the client asked
 // for. It cannot be read if the standard library does not know that.
 func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
+	if len(body) == 0 {
+		return nil, true
+	}
 	var r io.Reader
 	var err error
 	switch strings.ToLower(encoding) {
@@ -835,20 +828,20 @@ func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
 			r, err = flate.NewReader(bytes.NewReader(body)), nil
 		}
 	default:
-		return nil, len(body) == 0
+		return nil, false
 	}
 	if err != nil {
-		return nil, len(body) == 0
+		return nil, false
 	}
 	plain, _ = io.ReadAll(io.LimitReader(r, maxSaid)) // the error is that the beginning ends
-	return plain, len(plain) > 0 || len(body) == 0
+	return plain, len(plain) > 0
 }
 
-// explain says what an answer means that is not as it should be, and what to do about it. Said is
-// the beginning of its body.
-func (f *forwarder) explain(resp *http.Response, said []byte, t token) (text, hint string) {
+// explain says what an answer means that is not as it should be, and what to do about it. Plain is
+// the beginning of its body, if that can be read.
+func (f *forwarder) explain(resp *http.Response, plain []byte, canRead bool, t token) (
+	text, hint string) {
 	text = "answered " + statusText(resp.StatusCode)
-	plain, canRead := unpacked(said, resp.Header.Get("Content-Encoding"))
 	if code := reason(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
 		text += ": " + f.secrets.safe(code, maxPiece)
 	}
@@ -930,7 +923,7 @@ func remedy(status int, said string, t token) string {
 func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
 	start time.Time, what string) {
 	if r.Context().Err() != nil {
-		what = "client left, or the proxy stopped"
+		what = errLeft.message
 	}
 	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
 		what += "; apim-request-id " + f.secrets.safe(resp.Header.Get("Apim-Request-Id"), maxPiece)
@@ -950,12 +943,12 @@ func (f *forwarder) redact(uri string) string {
 	if found {
 		path += "?" + cutCredentials(query)
 	}
-	form, err := url.QueryUnescape(path)
+	plain, err := url.PathUnescape(path)
 	if err != nil {
 		return f.redact(uri[:strings.Index(uri, "?")]) + "?(malformed)"
 	}
-	plain, _ := url.PathUnescape(path) // in which + is no space
-	if f.secrets.redact(form) != form || f.secrets.redact(plain) != plain {
+	form, _ := url.QueryUnescape(path) // in which + is a space
+	if f.secrets.redact(plain) != plain || form != plain && f.secrets.redact(form) != form {
 		return "REDACTED"
 	}
 	if !isPrintableASCII(path) {

@@ -2795,7 +2795,7 @@ func TestUpstreamHints(t *testing.T) {
 		if tt.status == 429 {
 			resp.Header.Set("Retry-After", "7")
 		}
-		if got := withHint(f.explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
+		if got := withHint(f.explain(resp, []byte(tt.answer), true, token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
 			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
 		}
 	}

@@ -81,11 +81,14 @@ type tokenError struct {
 	retryAfter time.Duration // when to ask again; 0 if that is not known
 }
 
-func (e *tokenError) Error() string {
-	if e.hint == "" {
-		return e.text
+func (e *tokenError) Error() string { return withHint(e.text, e.hint) }
+
+// withHint is a text and its hint, if any, in one line.
+func withHint(text, hint string) string {
+	if hint == "" {
+		return text
 	}
-	return e.text + "; hint: " + e.hint
+	return text + "; hint: " + hint
 }
 
 // tokenSource holds one token and replaces it before it expires.

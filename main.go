@@ -9,8 +9,8 @@
 //	curl localhost:8081/v1/chat/completions -H 'Content-Type: application/json' -d …
 //
 // It is set up by environment variables, or by a .env file in the working directory for those
-// settings that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no process
-// and speaks to two places only, by way of DNS and HTTPS_PROXY: the identity endpoint and
+// settings that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no
+// process and speaks to two places only, by way of DNS and HTTPS_PROXY: the identity endpoint and
 // TARGET_URL's host.
 //
 // main.go is configuration, start and stop; imds.go is how a token is had and kept; forward.go is
@@ -250,13 +250,11 @@ func parseDotEnv(text string) (dotEnv, error) {
 	}
 	for i, line := range strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n") {
 		line = strings.TrimSpace(line)
-		if rest, ok := strings.CutPrefix(line, "export"); ok {
-			if trimmed := strings.TrimSpace(rest); trimmed != rest {
-				line = trimmed
-			}
+		if words := strings.Fields(line); len(words) > 1 && words[0] == "export" {
+			line = strings.TrimSpace(strings.TrimPrefix(line, "export"))
 		}
 		rest := strings.TrimLeft(line, letters+digits+"_-.")
-		name := strings.TrimSuffix(line, rest)
+		name := line[:len(line)-len(rest)]
 		if slices.Contains(environmentOnly, name) && !slices.Contains(d.refused, name) {
 			d.refused = append(d.refused, name)
 		}
@@ -302,8 +300,8 @@ type config struct {
 	scope  string   // "https://cognitiveservices.azure.com/.default"
 	debug  bool     // AZURE_LOG_LEVEL=debug
 	source *source
-	// secrets are those of the settings, and the ones that the source and its tokens bring
-	secrets *secrets
+
+	secrets *secrets // of the settings, the source and its tokens
 }
 
 // loadConfig reads the settings; white space around one doesn't count. Its error names the
@@ -412,10 +410,10 @@ func isPrintableASCII(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
 
-// defaultScope is the scope of Azure OpenAI in the cloud that host belongs to.
+// defaultScope is the scope of Azure OpenAI in the cloud that host, in lower case, belongs to.
 func defaultScope(host string) string {
 	for _, cloud := range []string{"us", "cn"} {
-		if strings.HasSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), ".azure."+cloud) {
+		if strings.HasSuffix(strings.TrimSuffix(host, "."), ".azure."+cloud) {
 			return "https://cognitiveservices.azure." + cloud + "/.default"
 		}
 	}
@@ -534,7 +532,7 @@ func (p *proxy) notReady(r *http.Request) string {
 		return "shutting down"
 	}
 	if _, err := p.tokens.token(r.Context()); err != nil {
-		return noToken(r, err)
+		return noToken(r, err, false)
 	}
 	return ""
 }
@@ -680,9 +678,8 @@ func check(getenv func(string) string, out io.Writer) error {
 	defer resp.Body.Close()
 	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
-	said, _ = unpacked(said, resp.Header.Get("Content-Encoding")) // though none was asked for
-	resp.Header.Del("Content-Encoding")
-	text, hint := f.explain(resp, said, t)
+	said, canRead := unpacked(said, resp.Header.Get("Content-Encoding")) // though none was asked for
+	text, hint := f.explain(resp, said, canRead, t)
 	answered := asked + ": " + text
 	isJSON := strings.HasPrefix(strings.TrimSpace(string(said)), "{")
 	switch status := resp.StatusCode; {
