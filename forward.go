@@ -1,5 +1,9 @@
 package main
 
+// This file is one request's way through the proxy: what of it goes upstream,
+// who reads its body when, how the answer comes back, and what is said when
+// something goes wrong.
+
 import (
 	"bytes"
 	"cmp"
@@ -19,7 +23,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
-	"net/textproto"
 	"net/url"
 	"slices"
 	"strconv"
@@ -31,68 +34,120 @@ import (
 	"unicode/utf8"
 )
 
-// forwardedHeaders are the request headers that the service, or its support, makes use of, with
-// forwardedPrefixes. All else stays here: credentials, cookies, Origin and Referer, whatever tells
-// of the client's network, and headers that change what a front end routes to.
-var forwardedHeaders = fields(`
-	Accept Accept-Encoding Accept-Language Content-Type Content-Encoding Range If-Range User-Agent
-	Idempotency-Key X-Client-Request-Id X-Request-Id Traceparent Tracestate
-	Originator Version Session_id Session-Id Conversation_id Conversation-Id Thread_id Thread-Id
-	X-Responsesapi-Include-Timing-Metrics X-Oai-Attestation
-	Extra-Parameters Aoai-Evals X-Policy-Id Azureml-Model-Deployment Foundry-Features
-	X-Ms-Client-Request-Id X-Ms-Return-Client-Request-Id X-Ms-Useragent X-Ms-Enable-Preview
-	X-Ms-Oai-Image-Generation-Deployment`)
+// forwardedHeaders are the request headers that go upstream, beside those with
+// one of forwardedPrefixes. All others stay here: credentials, cookies, Origin
+// and Referer, what tells of the client's network, and what could make a front
+// end route the request elsewhere.
+var forwardedHeaders = set(
+	// What HTTP itself and every API use.
+	"Accept", "Accept-Encoding", "Accept-Language", "Content-Type", "Content-Encoding",
+	"Range", "If-Range", "User-Agent",
 
-// forwardedPrefixes are those of the service's own headers and of its clients'. X-Ms- is not among
-// them: App Service and Azure's front ends put the user's tokens and address under it.
-var forwardedPrefixes = strings.Fields("Openai- X-Openai- X-Stainless- X-Codex- Anthropic-")
+	// Correlation, which the service's support asks for (W3C Trace Context,
+	// "Azure OpenAI monitoring").
+	"Traceparent", "Tracestate", "X-Request-Id", "X-Client-Request-Id",
+	"X-Ms-Client-Request-Id", "X-Ms-Return-Client-Request-Id", "X-Ms-Useragent",
 
-// credentialWords are parts of names, in lower case, that stay here in spite of their prefix.
-var credentialWords = strings.Fields("key token auth cookie")
+	// What codex says of itself and of its session, in old and new spelling.
+	"Originator", "Version", "Session_id", "Session-Id", "Conversation_id", "Conversation-Id",
+	"Thread_id", "Thread-Id", "X-Oai-Attestation", "X-Responsesapi-Include-Timing-Metrics",
 
-// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1), and so does Sec-WebSocket-Protocol
-// less the key that may be in it.
-var webSocketHeaders = fields("Sec-Websocket-Key Sec-Websocket-Version Sec-Websocket-Extensions")
+	// Options of Azure OpenAI, Foundry and Azure Machine Learning.
+	"Aoai-Evals", "Azureml-Model-Deployment", "Extra-Parameters", "Foundry-Features",
+	"X-Ms-Enable-Preview", "X-Ms-Oai-Image-Generation-Deployment", "X-Policy-Id",
+)
 
-// hopByHop are headers about one connection, which an answer takes no further (RFC 9110 §7.6.1).
-var hopByHop = fields(`Connection Proxy-Connection Keep-Alive Te Trailer Transfer-Encoding Upgrade
-	Proxy-Authenticate Proxy-Authorization`)
+// forwardedPrefixes are those of the service's and of its SDKs' own headers.
+// X-Ms- is not one of them: App Service and other front ends of Azure put the
+// signed-in user's tokens and address under it.
+var forwardedPrefixes = []string{"Anthropic-", "Openai-", "X-Codex-", "X-Openai-", "X-Stainless-"}
 
-// othersPolicies are headers of an answer that are true of the upstream's host, but not of this
-// proxy's.
-var othersPolicies = map[string]bool{
-	"Strict-Transport-Security": true, // must not be sent over plain HTTP (RFC 6797 §7.2)
-	"Alt-Svc":                   true, // would have the client go past the proxy (RFC 7838 §2)
-}
+// credentialWords are parts of a name, in lower case, that keep a header here
+// in spite of its prefix.
+var credentialWords = []string{"auth", "cookie", "key", "token"}
 
-// credentialParams are the query parameters that carry a key or token, in lower case: those of
-// Azure and its look-alikes, of older openai-node, of RFC 6750 §2.3 and of API Management.
-var credentialParams = fields(`api-key x-api-key api_key authorization access_token
-	subscription-key ocp-apim-subscription-key`)
+// webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1). So does
+// Sec-WebSocket-Protocol, without the key that may be in it.
+var webSocketHeaders = set("Sec-Websocket-Key", "Sec-Websocket-Version",
+	"Sec-Websocket-Extensions")
 
-func fields(names string) map[string]bool {
-	set := make(map[string]bool)
-	for _, name := range strings.Fields(names) {
-		set[name] = true
-	}
-	return set
-}
-
-// keyProtocol precedes the key among the subprotocols that openai-node offers on a WebSocket.
+// keyProtocol precedes a key among the subprotocols of a WebSocket. openai-node
+// puts it there, as a browser's WebSocket cannot set headers.
 const keyProtocol = "openai-insecure-api-key."
 
-// maxSaid is how much of a refusal, in bytes, is looked at to explain it in the log.
-const maxSaid = 16 << 10
+// hopByHop are headers of one connection, which a proxy does not pass on (RFC
+// 9110 §7.6.1). Proxy-Connection is from before that rule, and still sent.
+var hopByHop = set("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization",
+	"Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade")
 
-// lingerTime is how long a client that is still sending may go on after the last byte for it.
+// othersPolicies are answer headers that are right for the upstream's host and
+// wrong for this one. Strict-Transport-Security must not be sent over plain
+// HTTP (RFC 6797 §7.2), and Alt-Svc would lead the client past the proxy (RFC
+// 7838 §2).
+var othersPolicies = set("Alt-Svc", "Strict-Transport-Security")
+
+// credentialParams are query parameters that carry a key or a token, in lower
+// case: of Azure and its look-alikes, of older openai-node, of RFC 6750 §2.3
+// and of API Management.
+var credentialParams = set("api-key", "x-api-key", "api_key", "authorization",
+	"access_token", "subscription-key", "ocp-apim-subscription-key")
+
+func set(names ...string) map[string]bool {
+	s := make(map[string]bool)
+	for _, name := range names {
+		s[name] = true
+	}
+	return s
+}
+
+// Who reads a request's body, and how each exchange ends.
+//
+// Two parts of net/http read a request's body. The server reads what a handler
+// has left of it, because the next request on the connection begins there. The
+// transport reads it in a goroutine of its own, and may still do so when the
+// upstream has answered. Left to themselves they take it from each other: an
+// early answer is cut (golang/go#40747), or the rest of a body passes for the
+// next request (golang/go#68560). Therefore a body has one reader at a time:
+//
+//   - A body of up to smallBody bytes is read whole, by readBody, before the
+//     upstream request is sent. After that nothing of it is left to read.
+//   - A longer body, or one of unknown length, is streamed. The transport reads
+//     it, through an upload, until the answer is over; then upload.end takes it
+//     away and reads the rest.
+//   - The body of a refused request is read by nobody but linger.
+//
+// A client that is still sending when its connection is closed gets a reset,
+// and with it loses the answer that it has not read yet. So whoever may still be
+// sending is told Connection: close, and then has lingerTime to finish:
+//
+//	exchange             its end
+//	without a body, or   the connection is kept for the next request
+//	  with a small one
+//	refusal of a body    answer; apiError.write takes the connection from the
+//	                     server, lingers and closes it
+//	streamed upload      answer; upload.end lingers, the server closes
+//	answer that breaks   abort closes the connection at once, so that a part
+//	  off                of an answer is not taken for the whole
+//	tunnel               each direction to its own end, then linger and close
+//	end of a drain       the request's context ends, and with it the upstream
+//	                     request or the tunnel: an answer that breaks off
+
+// lingerTime is how long a client may go on sending after its answer.
 const lingerTime = time.Second
 
-// smallBody is the longest request body, in bytes, that is read before it is sent: it then goes out
-// with the head, in one write up to WriteBufferSize, and can be sent again over a new connection if
-// an idle one turns out to be dead. Longer ones, and those of unknown length, are streamed.
+// smallBody is the longest request body, in bytes, that is read before it is
+// sent. It leaves together with the head, and the transport can send it again
+// if the idle connection that it took turns out to be closed.
 const smallBody = 256 << 10
 
-// forwarder sends requests to the upstream with a token in the place of the client's credentials.
+// earlyAnswerTime is how long a failed upload waits for an answer.
+const earlyAnswerTime = 250 * time.Millisecond
+
+// maxSaid is how much of a refusal, in bytes, is read to explain it.
+const maxSaid = 16 << 10
+
+// forwarder sends requests to the upstream, with a token in the place of the
+// client's credentials.
 type forwarder struct {
 	target    *url.URL // "https://my-aoai.openai.azure.com/openai/"
 	key       string   // what clients must present; empty for nothing
@@ -101,77 +156,52 @@ type forwarder struct {
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
 	endTime   time.Duration // for one direction of a tunnel to end after the other
-	active    atomic.Int64  // requests and tunnels under way, "streams" in the log
+	streams   atomic.Int64  // requests and tunnels under way
 }
 
-func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
+func newForwarder(target *url.URL, key string, tokens *tokenSource, hidden *secrets) *forwarder {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &forwarder{
-		target:   cfg.target,
-		key:      cfg.key,
+		target:   target,
+		key:      key,
 		tokens:   tokens,
-		secrets:  cfg.secrets,
+		secrets:  hidden,
 		bodyTime: time.Minute,
 		endTime:  time.Minute,
 		transport: &http.Transport{
-			Proxy:                  proxyTo(cfg.target),
-			OnProxyConnectResponse: refusedByProxy,
-			DialContext:            dialer.DialContext,
-			TLSHandshakeTimeout:    10 * time.Second,
-			TLSClientConfig:        &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
-			// HTTP/1.1 only: a stream per connection, none of which can stop the others.
+			Proxy: proxyTo(target),
+			OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request,
+				resp *http.Response) error {
+				if resp.StatusCode != http.StatusOK {
+					return proxyRefusal(resp.StatusCode)
+				}
+				return nil
+			},
+			DialContext:         dialer.DialContext,
+			TLSHandshakeTimeout: 10 * time.Second,
+			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			// HTTP/1.1 only: each stream has a connection to itself, where a lost
+			// packet cannot stop the others. An empty map switches HTTP/2 off.
 			TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{},
 			MaxIdleConns:           0, // no limit but the next
 			MaxIdleConnsPerHost:    1024,
 			IdleConnTimeout:        60 * time.Second, // Azure's load balancers forget after 4 minutes
 			ResponseHeaderTimeout:  0,                // a model may think for hours
 			ExpectContinueTimeout:  0,                // Expect is not forwarded
-			DisableCompression:     true,             // or it would ask for gzip and unpack it
+			DisableCompression:     true,             // an answer passes as it is
 			MaxResponseHeaderBytes: 1 << 20,
-			WriteBufferSize:        16 << 10, // head and small body in one write
+			WriteBufferSize:        16 << 10, // a head and a small body in one write
 		},
 	}
 }
 
-// refusedByProxy is the error for what HTTPS_PROXY answers to CONNECT; the transport's own would
-// not say that it was the proxy who refused.
-func refusedByProxy(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
-	if resp.StatusCode == http.StatusOK {
-		return nil
-	}
-	return statusError{proxyAnswered, resp.StatusCode}
-}
-
-const proxyAnswered = "HTTPS_PROXY answered"
-
-// warm begins to open the first connection to the upstream, so that the first request need not wait
-// for it. It gives up its own request as soon as the transport dials: since Go 1.23 the transport
-// dials on and keeps the connection for the next request; before that, warm has no effect. Nothing
-// is sent but what opens the connection.
-func (f *forwarder) warm() {
-	ctx, cancel := context.WithCancel(context.Background())
-	givenUp := make(chan struct{})
-	giveUp := func() {
-		cancel()
-		<-givenUp // or the connection might come first, and the request be sent on it
-	}
-	trace := &httptrace.ClientTrace{ // a host that is an address has no DNS lookup
-		DNSStart:     func(httptrace.DNSStartInfo) { giveUp() },
-		ConnectStart: func(string, string) { giveUp() },
-	}
-	req := &http.Request{Method: http.MethodHead, URL: f.target, Header: http.Header{}}
-	f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
-	cancel()
-	close(givenUp)
-}
-
-// ServeHTTP takes one request to the upstream and its answer back.
+// ServeHTTP takes one request to the upstream, and its answer back.
 func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	f.active.Add(1)
-	defer f.active.Add(-1)
+	f.streams.Add(1)
+	defer f.streams.Add(-1)
 	start := time.Now()
-	log.Printf("%s %s from %s", f.secrets.safe(r.Method, maxPiece), f.redact(r.RequestURI),
-		r.RemoteAddr)
+	log.Printf("%s %s from %s",
+		f.secrets.safe(r.Method, maxPiece), f.safeTarget(r.RequestURI), r.RemoteAddr)
 
 	// Check the caller.
 	upgrade := isWebSocket(r)
@@ -181,164 +211,162 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Build the upstream request. A small body is read for it, so that no token is fetched for a
-	// request that never comes.
-	client := http.NewResponseController(w)
-	client.SetReadDeadline(start.Add(f.bodyTime)) // for this reading, not for a longer body's
-	req, err := f.upstreamRequest(r, upgrade)
+	// Build the upstream request. A small body is read for it, so that no token
+	// is fetched for a request that never comes.
+	req, err := f.upstreamRequest(w, r, upgrade)
 	if err != nil {
-		e := &apiError{http.StatusRequestTimeout, "incomplete_body", "the request's body is incomplete"}
-		log.Printf("answered %d to %s: %s: %s", e.status, r.RemoteAddr, e.message, cause(err))
-		e.write(w, r)
+		_, reason := explainFailure(err)
+		log.Printf("answered %d to %s: %s: %s",
+			errIncomplete.status, r.RemoteAddr, errIncomplete.message, reason)
+		errIncomplete.write(w, r)
 		return
 	}
-	client.SetReadDeadline(time.Time{})
 
 	// Get the token.
 	t, err := f.tokens.token(r.Context())
 	if err != nil {
-		e := errLeft
-		var failure *tokenError
-		if errors.As(err, &failure) {
-			e = &apiError{http.StatusServiceUnavailable, "no_token", noToken(r, err, f.key != "")}
-			seconds := max(1, math.Ceil(failure.retryAfter.Seconds()))
-			w.Header().Set("Retry-After", strconv.Itoa(int(seconds)))
-		}
 		f.logProblem(r, req, nil, start, err.Error())
-		e.write(w, r)
+		f.withoutToken(w, r, err)
 		return
 	}
-	req.Header["Authorization"] = []string{t.authorization}
+	req.Header.Set("Authorization", t.authorization)
 
-	// Send it. Full duplex lets an answer pass while the upload still runs; without it the server
-	// would take the body away from the transport then, and cut the answer (golang/go#40747).
-	client.EnableFullDuplex()
+	// Send. Full duplex lets an answer begin while the upload still runs.
 	body, streamed := req.Body.(*upload)
-	if streamed && r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
-		// Or the server would do so in mid-flight, or after an early answer take the body away.
-		w.WriteHeader(http.StatusContinue)
+	if streamed {
+		http.NewResponseController(w).EnableFullDuplex()
+		sendContinue(w, r)
+		req = body.waitForAnswer(req)
 	}
-	ctx, stopTrace := traceAnswer(w, r)
-	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
-	stopTrace()
-	var upstream io.ReadWriteCloser // the connection, if the upstream has switched protocols
-	if err == nil && resp.StatusCode < 200 {
-		rwc, canWrite := resp.Body.(io.ReadWriteCloser)
-		if upgrade && canWrite && strings.EqualFold(resp.Header.Get("Upgrade"), "websocket") {
-			upstream = rwc
-		} else {
-			resp.Body.Close()
-			err = statusError{"unexpected status", resp.StatusCode}
-		}
+	resp, err := f.transport.RoundTrip(req)
+	if err == nil {
+		defer resp.Body.Close()
 	}
-	if err != nil {
-		text, hint := f.failure(err)
-		e := &apiError{http.StatusBadGateway, "upstream_unreachable", withHint(text, hint)}
-		var broken uploadError
-		switch {
-		case r.Context().Err() != nil:
-			e = errLeft
-		case errors.As(err, &broken):
-			e = &apiError{http.StatusBadRequest, "invalid_body",
-				"the request's body broke off or is malformed"}
-		}
-		f.logProblem(r, req, nil, start, e.message)
-		e.write(w, r)
+	if problem := f.exchangeProblem(r, body, resp, err, upgrade); problem != nil {
+		f.logProblem(r, req, nil, start, problem.message)
+		problem.write(w, r)
 		return
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusUnauthorized {
 		f.tokens.rejected(t)
 	}
 
 	// Copy the answer.
-	if upstream != nil {
-		f.tunnel(w, r, resp, upstream)
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		f.tunnel(w, r, resp)
 		return
 	}
-	copyHeader(w.Header(), resp)
-	if streamed { // some of it may be yet to come
+	copyHeader(w.Header(), resp.Header)
+	if streamed {
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
-	if !r.ProtoAtLeast(1, 1) { // or the end of a drain would pass for the answer's end
-		defer context.AfterFunc(r.Context(), func() { reset(r) })()
-	}
 	said, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
-		plain, canRead := unpacked(said, resp.Header.Get("Content-Encoding"))
-		f.logProblem(r, req, resp, start, withHint(f.explain(resp, plain, canRead, t)))
+		f.logProblem(r, req, resp, start, withHint(f.explain(resp, said, t)))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
 		if r.Context().Err() == nil && !errors.As(err, &left) {
-			f.logProblem(r, req, resp, start, "answer cut: "+cause(err))
+			_, reason := explainFailure(err)
+			f.logProblem(r, req, resp, start, "answer cut: "+reason)
 		}
 		abort(w, r)
 	}
 	if streamed {
-		body.end(client)
+		body.end(w)
 	}
 }
 
-// noToken says why there is no token, if the caller has a key or is a program on this host, and not a
-// web page's: the endpoint's words are nobody else's business.
-func noToken(r *http.Request, err error, hasKey bool) string {
-	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	if hasKey || isLoopback(host) && !mayBeWebPage(r) {
-		return "no token: " + err.Error()
+// safeTarget is a request target for the log: without credentials, and not at
+// all if a secret is in it once it is decoded.
+func (f *forwarder) safeTarget(target string) string {
+	if !strings.HasPrefix(target, "/") {
+		return "(no path)" // it may be a URL with a password
 	}
-	return "no token"
+	path, query, hasQuery := strings.Cut(target, "?")
+	text := path
+	if hasQuery {
+		text += "?" + cutCredentials(query)
+	}
+	decoded, err := url.PathUnescape(text)
+	if err != nil { // a path with a wrong escape does not get here
+		return f.safeTarget(path) + "?(malformed)"
+	}
+	spaced, _ := url.QueryUnescape(text) // a + stands for a space here
+	for _, plain := range []string{decoded, spaced} {
+		if plain != text && f.secrets.redact(plain) != plain {
+			return "REDACTED"
+		}
+	}
+	if !isPrintableASCII(text) {
+		text = strconv.QuoteToASCII(text)
+	}
+	return f.secrets.safe(text, maxPiece)
 }
 
-// check decides whether the request may go upstream, and says why not.
+// check tells why a request may not go upstream, or returns nil if it may.
 func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
-	switch method := strings.ToUpper(r.Method); {
-	// The answer to TRACE, or TRACK as IIS has it, would repeat the token.
-	case method == http.MethodConnect, method == http.MethodTrace, method == "TRACK":
-		return &apiError{http.StatusMethodNotAllowed, "method_not_allowed",
-			method + " is not forwarded"}
-	case !strings.HasPrefix(r.RequestURI, "/"):
-		return &apiError{http.StatusBadRequest, "invalid_path",
-			"the request target must be a path: this is no HTTP proxy for other hosts"}
-	case f.key == "" && mayBeWebPage(r):
-		return &apiError{http.StatusForbidden, "foreign_web_page",
-			"Host, Origin or Sec-Fetch-Site is that of a web page: " +
-				"call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY"}
-	case !f.authorized(r, upgrade):
-		return &apiError{http.StatusUnauthorized, "invalid_api_key", "wrong or missing key: " +
-			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer"}
-	case !isPlainPath(r.URL.Path):
-		return &apiError{http.StatusBadRequest, "invalid_path", "the path must be UTF-8, " +
-			"without . or .. segments and without escapes of escapes such as %252e"}
+	// The answer to TRACE repeats the request, with the token. IIS has it as
+	// TRACK too. CONNECT is for a proxy to other hosts.
+	switch strings.ToUpper(r.Method) {
+	case http.MethodConnect, http.MethodTrace, "TRACK":
+		return errMethod
+	}
+
+	// A request target that is not a path is a URL, or * for OPTIONS.
+	if !strings.HasPrefix(r.RequestURI, "/") {
+		return errTarget
+	}
+
+	// Without a key every program on this host may use the proxy. A web page is
+	// no such program, though its browser runs here.
+	if f.key == "" && mayBeWebPage(r) {
+		return errWebPage
+	}
+	if f.key != "" && !f.hasKey(r, upgrade) {
+		return errKey
+	}
+	if !isPlainPath(r.URL.Path) {
+		return errPath
 	}
 	return nil
 }
 
-// mayBeWebPage tells whether a browser may have sent the request for a web page. A page's own
-// requests show in Origin or Sec-Fetch-Site; one whose host name was made to point to a loopback
-// address (DNS rebinding) has neither on a GET, but that name in Host.
+// mayBeWebPage tells whether a browser may have sent the request for a page.
 func mayBeWebPage(r *http.Request) bool {
+	// A page can have its own host name point to a loopback address (DNS
+	// rebinding). It is then of the same origin as the proxy, and its GET has
+	// neither of the headers below, but that name is in Host.
 	host := url.URL{Host: r.Host}
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
 	if ok && local.IP.IsLoopback() && !isLoopback(host.Hostname()) {
 		return true
 	}
-	foreign := func(origin string) bool { // null is, too
+
+	// A page of another site shows in Origin, which every browser sends with a
+	// POST. It may be "null", which has no host and so is none of ours.
+	for _, origin := range r.Header["Origin"] {
 		u, err := url.Parse(origin)
-		return err != nil || !isLoopback(u.Hostname())
+		if err != nil || !isLoopback(u.Hostname()) {
+			return true
+		}
 	}
-	crossSite := func(site string) bool { return site != "same-origin" && site != "none" }
-	return slices.ContainsFunc(r.Header["Origin"], foreign) ||
-		slices.ContainsFunc(r.Header["Sec-Fetch-Site"], crossSite)
+
+	// The GET of a page, an image's for one, has no Origin, but since 2023 every
+	// browser sends Sec-Fetch-Site (W3C "Fetch Metadata Request Headers"). It is
+	// "none" if the user has entered the address.
+	for _, site := range r.Header["Sec-Fetch-Site"] {
+		if site != "same-origin" && site != "none" {
+			return true
+		}
+	}
+	return false
 }
 
-// authorized compares the keys that the request presents with the expected one, by their hashes so
-// that neither content nor length shows in the time it takes.
-func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
-	if f.key == "" {
-		return true
-	}
+// hasKey tells whether the request presents the expected key. Hashes are
+// compared, so that the time it takes shows neither content nor length.
+func (f *forwarder) hasKey(r *http.Request, upgrade bool) bool {
 	keys := slices.Concat(r.Header["Api-Key"], r.Header["X-Api-Key"])
 	for _, value := range r.Header["Authorization"] {
 		if scheme, key, _ := strings.Cut(value, " "); strings.EqualFold(scheme, "Bearer") {
@@ -347,7 +375,7 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 	}
 	if upgrade { // a browser's WebSocket cannot set headers
 		keys = append(keys, r.URL.Query()["api-key"]...)
-		for _, protocol := range listed(r.Header["Sec-Websocket-Protocol"]) {
+		for _, protocol := range listItems(r.Header["Sec-Websocket-Protocol"]) {
 			if key, ok := strings.CutPrefix(protocol, keyProtocol); ok {
 				keys = append(keys, key)
 			}
@@ -355,105 +383,119 @@ func (f *forwarder) authorized(r *http.Request, upgrade bool) bool {
 	}
 	expected := sha256.Sum256([]byte(f.key))
 	return slices.ContainsFunc(keys, func(key string) bool {
-		hash := sha256.Sum256([]byte(key))
-		return subtle.ConstantTimeCompare(hash[:], expected[:]) == 1
+		presented := sha256.Sum256([]byte(key))
+		return subtle.ConstantTimeCompare(presented[:], expected[:]) == 1
 	})
 }
 
-// isPlainPath tells whether a path, decoded once, is the same to every server: it has no . or ..
-// segment, with which and our token a client would get at every other API of the resource, nothing
-// that a second decoding would change, and no overlong form of a dot or slash, which is no UTF-8.
+// isPlainPath tells whether a path, decoded once, means the same to every
+// server. Dot segments would lead out of TARGET_URL's path, to other APIs of
+// the resource that take the same token. A percent sign that is left would be
+// decoded again by some, and what is no UTF-8 can be a dot or a slash in an
+// overlong form.
 func isPlainPath(path string) bool {
+	// Beside the slash, each of these ends a segment for some server.
 	segments := strings.FieldsFunc(path, func(r rune) bool {
-		// Each of these ends a segment to some servers.
 		return strings.ContainsRune(`/\;?#`, r) || unicode.IsSpace(r) || unicode.IsControl(r)
 	})
 	return utf8.ValidString(path) && !strings.Contains(path, "%") &&
 		!slices.Contains(segments, ".") && !slices.Contains(segments, "..")
 }
 
-// rawPath is the path as the client sent it; r.URL.Path has lost the escapes.
-func rawPath(r *http.Request) string {
-	path, _, _ := strings.Cut(r.RequestURI, "?")
-	return path
+// isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1).
+// Other upgrades are not forwarded, since what follows them, requests in
+// HTTP/2 for example, could not be checked. Nor is one with a body, which the
+// transport and the tunnel would both read.
+func isWebSocket(r *http.Request) bool {
+	isUpgrade := func(item string) bool { return strings.EqualFold(item, "upgrade") }
+	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) && r.ContentLength == 0 &&
+		strings.EqualFold(r.Header.Get("Upgrade"), "websocket") &&
+		slices.ContainsFunc(listItems(r.Header["Connection"]), isUpgrade)
 }
 
-// upstreamRequest is r as the upstream gets it, but for the token. Of r's header only what the
-// lists above name is copied, and the transport frames the body anew, so that no second request can
-// be smuggled in.
-func (f *forwarder) upstreamRequest(r *http.Request, upgrade bool) (*http.Request, error) {
+// listItems are the items of a header whose values are comma-separated lists.
+func listItems(values []string) (items []string) {
+	for _, value := range values {
+		for _, item := range strings.Split(value, ",") {
+			items = append(items, strings.TrimSpace(item))
+		}
+	}
+	return items
+}
+
+// upstreamRequest is r as it goes upstream, except for the token. Only what the
+// lists above name is copied of its header, and the transport frames the body
+// anew, so no second request can be hidden in it.
+func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgrade bool) (
+	*http.Request, error) {
+	// r.URL.Path has lost the escapes of the path as it was sent.
+	path, _, _ := strings.Cut(r.RequestURI, "?")
 	req := &http.Request{
 		Method:        r.Method,
-		URL:           upstreamURL(f.target, rawPath(r)),
+		URL:           upstreamURL(f.target, path),
 		Header:        upstreamHeader(r.Header, upgrade),
 		ContentLength: r.ContentLength,
 	}
-	req.URL.RawQuery, req.URL.ForceQuery = cutCredentials(r.URL.RawQuery), r.URL.ForceQuery
+	req.URL.RawQuery = cutCredentials(r.URL.RawQuery)
+	req.URL.ForceQuery = r.URL.ForceQuery
 	switch {
 	case r.ContentLength == 0:
 	case r.ContentLength > 0 && r.ContentLength <= smallBody:
-		body := make([]byte, r.ContentLength)
-		if _, err := io.ReadFull(r.Body, body); err != nil {
+		body, err := f.readBody(w, r)
+		if err != nil {
 			return nil, err
 		}
+		// With GetBody the transport can send the body again.
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
 		req.Body, _ = req.GetBody()
-	default:
-		req.Body = &upload{Reader: r.Body}
+	default: // long, or of unknown length, which is -1
+		req.Body = &upload{body: r.Body}
 	}
-	return req, nil
+	return req.WithContext(r.Context()), nil
 }
 
-// upload is a request body that is streamed. Closing it does nothing, as the server closes its own.
-type upload struct {
-	io.Reader
-	stopped atomic.Bool // the answer is over: no more goes upstream
-}
-
-// uploadError is a failure to read the client's body, to be told from the upstream's failures.
-type uploadError struct{ error }
-
-func (u *upload) Read(p []byte) (int, error) {
-	if u.stopped.Load() {
-		return 0, uploadError{errors.New("answered already")}
+// readBody reads a small body, which has f.bodyTime to arrive.
+func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	client := http.NewResponseController(w)
+	client.SetReadDeadline(time.Now().Add(f.bodyTime))
+	body := make([]byte, r.ContentLength)
+	_, err := io.ReadFull(r.Body, body)
+	if err == nil {
+		client.SetReadDeadline(time.Time{})
 	}
-	n, err := u.Reader.Read(p)
-	if err != nil && err != io.EOF {
-		err = uploadError{err}
-	}
-	return n, err
+	return body, err
 }
 
-func (u *upload) Close() error { return nil }
-
-// end stops the upload after its answer, and waits for what the client still sends. Left to itself
-// the server would wait for as long as that takes, reset the connection under a client that has yet
-// to read the answer, or take the rest of a body for the next request (golang/go#68560).
-func (u *upload) end(client *http.ResponseController) {
-	u.stopped.Store(true)
-	client.Flush()
-	client.SetReadDeadline(time.Now().Add(lingerTime))
-	io.Copy(io.Discard, u.Reader)
-}
-
-// upstreamURL is where a request for path goes, path in the form that goes out. TARGET_URL's path is
-// put before it, less what they share: many clients add /openai themselves. Clients whose base URL
-// ends in a slash add another one, which is dropped, as the service knows no empty segments.
+// upstreamURL is where a request for path goes: TARGET_URL's path, then path.
+// What the end of the one and the beginning of the other share counts once, as
+// many clients add /openai by themselves. Empty segments at the joint, from a
+// base URL with a final slash, are dropped: the service has none.
+//
+//	TARGET_URL     path                   goes to
+//	…/openai/      /v1/responses          /openai/v1/responses
+//	…/openai/      /openai/v1/responses   /openai/v1/responses
+//	…/openai/v1/   /v1/responses          /openai/v1/responses
+//	…/openai/      //v1/responses         /openai/v1/responses
+//
+// Both paths keep their escapes.
 func upstreamURL(target *url.URL, path string) *url.URL {
 	base := target.EscapedPath()
-	path = "/" + strings.TrimLeft(path, "/")
-	for i := range base {
-		if shared := base[i:]; shared[0] == '/' && strings.HasPrefix(path+"/", shared) {
-			path = path[min(len(shared), len(path)):]
+	path = strings.TrimLeft(path, "/")
+	for end := strings.Trim(base, "/"); end != ""; _, end, _ = strings.Cut(end, "/") {
+		// For a base of /openai/v1/, end is openai/v1 and then v1.
+		if rest, shared := strings.CutPrefix(path+"/", end+"/"); shared {
+			path = strings.TrimSuffix(rest, "/")
 			break
 		}
 	}
-	// With two slashes in front it would be a URL with another host to some.
-	path = "/" + strings.TrimLeft(base+strings.TrimLeft(path, "/"), "/")
-	return &url.URL{Scheme: target.Scheme, Host: target.Host, Opaque: path}
+	path = strings.TrimLeft(path, "/")
+	// Opaque is sent as it is, without another round of escaping. With two
+	// slashes in front it would be taken for a host and a path.
+	opaque := "/" + strings.TrimLeft(base+path, "/")
+	return &url.URL{Scheme: target.Scheme, Host: target.Host, Opaque: opaque}
 }
 
-// upstreamHeader is the client's header less what stays here.
+// upstreamHeader is the header of a request as it goes upstream.
 func upstreamHeader(in http.Header, upgrade bool) http.Header {
 	out := make(http.Header, len(in)+1)
 	for name, values := range in {
@@ -461,24 +503,21 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 			out[name] = values
 		}
 	}
-	for _, name := range listed(in["Connection"]) {
-		out.Del(name)
-	}
-	if key := out["Idempotency-Key"]; key != nil {
-		delete(out, "Idempotency-Key") // so spelt it has the transport send a POST again
-		out["idempotency-key"] = key
+	for _, name := range listItems(in["Connection"]) {
+		out.Del(name) // the client has declared it hop-by-hop
 	}
 	if out["User-Agent"] == nil {
-		out["User-Agent"] = []string{""} // or the transport would add its own
+		out.Set("User-Agent", "") // this keeps the transport from sending its own
 	}
 	if upgrade {
-		out["Connection"] = []string{"Upgrade"}
-		out["Upgrade"] = []string{"websocket"}
-		protocols := slices.DeleteFunc(listed(in["Sec-Websocket-Protocol"]), func(p string) bool {
-			return strings.Contains(strings.ToLower(p), keyProtocol)
-		})
+		out.Set("Connection", "Upgrade")
+		out.Set("Upgrade", "websocket")
+		holdsKey := func(item string) bool {
+			return strings.Contains(strings.ToLower(item), keyProtocol)
+		}
+		protocols := slices.DeleteFunc(listItems(in["Sec-Websocket-Protocol"]), holdsKey)
 		if len(protocols) > 0 {
-			out["Sec-Websocket-Protocol"] = []string{strings.Join(protocols, ", ")}
+			out.Set("Sec-Websocket-Protocol", strings.Join(protocols, ", "))
 		}
 	}
 	return out
@@ -494,85 +533,169 @@ func isForwarded(name string) bool {
 	return !slices.ContainsFunc(credentialWords, hasWord)
 }
 
-// isWebSocket tells whether the client asks for a WebSocket (RFC 6455 §4.1). Other upgrades, h2c
-// among them, are not forwarded: what follows them could not be checked. Nor is one with a body,
-// which the transport and the tunnel would both read.
-func isWebSocket(r *http.Request) bool {
-	return r.Method == http.MethodGet && r.ProtoAtLeast(1, 1) && r.ContentLength == 0 &&
-		strings.EqualFold(r.Header.Get("Upgrade"), "websocket") &&
-		slices.ContainsFunc(listed(r.Header["Connection"]), func(t string) bool {
-			return strings.EqualFold(t, "upgrade")
-		})
-}
-
-// listed are the items of a header that holds comma-separated lists.
-func listed(values []string) (items []string) {
-	for _, value := range values {
-		for _, item := range strings.Split(value, ",") {
-			items = append(items, strings.TrimSpace(item))
-		}
-	}
-	return items
-}
-
-// cutCredentials takes the credentials out of a query, which some servers split at ; too; all else
-// stays byte for byte. Names count decoded and in any case, as the upstream may read them so.
+// cutCredentials takes the credentials out of a query, and leaves the rest as
+// it is, byte for byte. Some servers separate parameters at a semicolon too,
+// decode their names, ignore case, or trim white space.
 func cutCredentials(query string) string {
-	isCredential := func(pair string) bool {
-		name, _, _ := strings.Cut(pair, "=")
-		name, _ = url.QueryUnescape(name)         // with a wrong escape it is none of these names
-		name = strings.Trim(name, "? \t\r\n\x00") // as lenient servers do
+	isCredential := func(param string) bool {
+		name, _, _ := strings.Cut(param, "=")
+		name, _ = url.QueryUnescape(name) // empty for a wrong escape
+		name = strings.Trim(name, "? \t\r\n\x00")
 		return credentialParams[strings.ToLower(name)]
 	}
 	var kept []string
-	for _, pairs := range strings.Split(query, "&") {
-		rest := slices.DeleteFunc(strings.Split(pairs, ";"), isCredential)
-		if len(rest) > 0 {
-			kept = append(kept, strings.Join(rest, ";"))
+	for _, part := range strings.Split(query, "&") {
+		params := slices.DeleteFunc(strings.Split(part, ";"), isCredential)
+		if len(params) > 0 {
+			kept = append(kept, strings.Join(params, ";"))
 		}
 	}
 	return strings.Join(kept, "&")
 }
 
-// copyHeader sets the answer's header, less what is about the upstream's connection.
-func copyHeader(h http.Header, resp *http.Response) {
-	named := listed(resp.Header["Connection"])
-	isNamed := func(name string) bool {
-		return name != "Content-Length" && // framing is not for the upstream to take away
-			slices.ContainsFunc(named, func(n string) bool { return strings.EqualFold(n, name) })
+// upload is a request body that is streamed.
+type upload struct {
+	body    io.Reader
+	failed  atomic.Bool // the client did not send it whole
+	stopped atomic.Bool // the answer is over, so no more of it goes upstream
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	if u.stopped.Load() {
+		return 0, errors.New("answered already")
 	}
-	for name, values := range resp.Header {
-		if !hopByHop[name] && !othersPolicies[name] && !isNamed(name) {
+	n, err := u.body.Read(p)
+	if err != nil && err != io.EOF {
+		u.failed.Store(true)
+	}
+	return n, err
+}
+
+// Close is called by the transport. Closing the body is the server's part.
+func (u *upload) Close() error { return nil }
+
+// waitForAnswer returns req with a hook for the case that the upstream answers
+// before it has read the whole upload, as with 413 or 401, and then closes the
+// connection. The transport's write fails in that case, and the transport
+// reports the failure even if the answer has just come. It calls the hook
+// between the two, and so the answer gets a moment to be read first.
+func (u *upload) waitForAnswer(req *http.Request) *http.Request {
+	ctx := req.Context()
+	return req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		WroteRequest: func(info httptrace.WroteRequestInfo) {
+			if info.Err == nil || u.failed.Load() {
+				return
+			}
+			select {
+			case <-time.After(earlyAnswerTime):
+			case <-ctx.Done():
+			}
+		},
+	}))
+}
+
+// end takes the upload away from the transport, and reads what the client
+// still sends.
+func (u *upload) end(w http.ResponseWriter) {
+	u.stopped.Store(true)
+	client := http.NewResponseController(w)
+	client.Flush()
+	client.SetReadDeadline(time.Now().Add(lingerTime))
+	io.Copy(io.Discard, u.body)
+}
+
+// sendContinue tells a client that waits for it to send its body (RFC 9110
+// §10.1.1). The server would do so when the transport first reads the body,
+// from another goroutine and perhaps in the middle of an early answer.
+func sendContinue(w http.ResponseWriter, r *http.Request) {
+	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
+		w.WriteHeader(http.StatusContinue)
+	}
+}
+
+// exchangeProblem tells why there is no answer to pass on, or returns nil if
+// there is one. body is nil unless the request's body was streamed.
+func (f *forwarder) exchangeProblem(r *http.Request, body *upload, resp *http.Response,
+	err error, upgrade bool) *apiError {
+	switch {
+	case err != nil && r.Context().Err() != nil:
+		return errLeft
+	case err != nil && body != nil && body.failed.Load():
+		return errBody
+	case err != nil:
+		return unreachable(withHint(f.describeFailure(err)))
+	}
+	if resp.StatusCode >= 200 {
+		return nil
+	}
+	// The transport has dealt with every 1xx but 101. After that its body is the
+	// connection, and can be written to.
+	_, canWrite := resp.Body.(io.Writer)
+	if upgrade && canWrite && strings.EqualFold(resp.Header.Get("Upgrade"), "websocket") {
+		return nil
+	}
+	return unreachable("no answer from " + f.target.Host + ": unexpected status " +
+		statusText(resp.StatusCode))
+}
+
+// copyHeader sets an answer's header, without what is about the upstream's
+// connection or host.
+func copyHeader(h, upstream http.Header) {
+	named := listItems(upstream["Connection"])
+	isNamed := func(name string) bool {
+		equals := func(item string) bool { return strings.EqualFold(item, name) }
+		return slices.ContainsFunc(named, equals)
+	}
+	for name, values := range upstream {
+		// Connection must not take away the length: it frames the answer here.
+		if name != "Content-Length" && isNamed(name) {
+			continue
+		}
+		if !hopByHop[name] && !othersPolicies[name] {
 			h[name] = values
 		}
 	}
 	if h["Content-Type"] == nil {
-		h["Content-Type"] = nil // or the server would guess one
+		h["Content-Type"] = nil // this keeps the server from guessing one
 	}
-	if strings.HasPrefix(h.Get("Content-Type"), "text/event-stream") && h["X-Accel-Buffering"] == nil {
-		h.Set("X-Accel-Buffering", "no") // or an nginx in front would hold events back
+	isEvents := strings.HasPrefix(h.Get("Content-Type"), "text/event-stream")
+	if isEvents && h["X-Accel-Buffering"] == nil {
+		h.Set("X-Accel-Buffering", "no") // an nginx in front holds events back by default
 	}
 }
 
-// buffers are what most answers are copied through: small, as open streams are many.
-var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
-
-// clientError is a failure to write to the client, to be told from the upstream's failures.
+// clientError is a failure to write to the client, and not the upstream's.
 type clientError struct{ error }
 
-// copyBody passes the answer's body on: each read is written and flushed at once. Of a refusal it
-// returns the first bytes as said, for the log to explain it.
+// buffers are for streams, of which many may be open: an event is small.
+var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
+
+// bulkAnswer is the length, in bytes, from which an answer is copied through a
+// buffer of its own: 32 KiB take an eighth of the reads and writes.
+const bulkAnswer = 64 << 10
+
+// copyBody passes an answer's body on: what is read is written and flushed at
+// once. It returns the beginning of a refusal, to be explained in the log.
 func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err error) {
-	small := buffers.Get().(*[4 << 10]byte)
-	defer buffers.Put(small)
-	buf := small[:]
-	out := http.NewResponseController(w)
-	headFlushed := flushSoon(out, resp)
-	n, readErr := resp.Body.Read(buf)
-	if err := headFlushed(); err != nil {
-		return nil, clientError{err}
+	var buf []byte
+	if resp.ContentLength >= bulkAnswer {
+		buf = make([]byte, 32<<10)
+	} else {
+		small := buffers.Get().(*[4 << 10]byte)
+		defer buffers.Put(small)
+		buf = small[:]
+	}
+
+	// The head of a stream goes out before the first event. One of known length
+	// goes out with the beginning of its body.
+	client := http.NewResponseController(w)
+	if resp.ContentLength < 0 {
+		if err := client.Flush(); err != nil {
+			return nil, clientError{err}
+		}
 	}
 	for {
+		n, readErr := resp.Body.Read(buf)
 		if resp.StatusCode >= 400 {
 			said = append(said, buf[:min(n, maxSaid-len(said))]...)
 		}
@@ -580,66 +703,30 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 			return said, clientError{err}
 		}
 		if readErr == io.EOF {
-			break
+			return said, nil
 		}
 		if readErr != nil {
 			return said, readErr
 		}
-		if err := out.Flush(); err != nil {
+		if err := client.Flush(); err != nil {
 			return said, clientError{err}
 		}
-		if n == len(buf) && n == len(small) { // a bulky answer
-			buf = make([]byte, 32<<10)
-		}
-		n, readErr = resp.Body.Read(buf)
-	}
-	return said, nil
-}
-
-// flushSoon sends the head before the body has begun. A small body of known length mostly comes
-// with its head, though; within a millisecond both go out in one write, which saves a tenth of the
-// CPU time of a small request. The returned function ends the wait, when the first read is done.
-func flushSoon(out *http.ResponseController, resp *http.Response) (done func() error) {
-	if resp.ContentLength < 0 || resp.ContentLength > 4<<10 {
-		err := out.Flush()
-		return func() error { return err }
-	}
-	flushed := make(chan error, 1)
-	timer := time.AfterFunc(time.Millisecond, func() { flushed <- out.Flush() })
-	return func() error {
-		if timer.Stop() {
-			return nil
-		}
-		return <-flushed
 	}
 }
 
-// abort breaks the client's connection, so that it doesn't take a part for the whole.
+// abort closes the client's connection without an end to its answer.
 func abort(w http.ResponseWriter, r *http.Request) {
-	reset(r)
-	// Or the server would first wait for the rest of the request.
+	// Without this deadline the server would first wait for the rest of a body.
 	http.NewResponseController(w).SetReadDeadline(time.Now())
 	r.Body.Close()
-	panic(http.ErrAbortHandler)
+	panic(http.ErrAbortHandler) // net/http's way to say so; it is not logged
 }
 
-// connKey is the key of a request's context under which the server puts the client's connection.
-type connKey struct{}
-
-// reset ends the connection of an HTTP/1.0 client. Where an answer has no length, all but a reset
-// would tell it that it has the whole.
-func reset(r *http.Request) {
-	if conn, ok := r.Context().Value(connKey{}).(*net.TCPConn); ok && !r.ProtoAtLeast(1, 1) {
-		conn.SetLinger(0)
-		conn.Close()
-	}
-}
-
-// tunnel copies bytes both ways between the client and the upstream, after its 101. Each direction is
-// copied to its own end, which is then passed on, and the tunnel ends with the second of them: who
-// has said its last may still be waiting for the other's. The end of the drain ends both.
-func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response,
-	upstream io.ReadWriteCloser) {
+// tunnel copies bytes between the client and the upstream, after its 101. Each
+// direction is copied to its own end, which is then passed on, since who has
+// said its last may still wait for the other's.
+func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
+	upstream := resp.Body.(io.ReadWriteCloser)
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		log.Printf("the connection of %s cannot be upgraded", r.RemoteAddr)
@@ -650,11 +737,12 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 		upstream.Close()
 	}
 	defer closeBoth()
-	defer context.AfterFunc(r.Context(), closeBoth)()
+	stop := context.AfterFunc(r.Context(), closeBoth) // at the end of a drain
+	defer stop()
 
 	answer := http.Response{ProtoMajor: 1, ProtoMinor: 1, StatusCode: resp.StatusCode}
-	answer.Header = http.Header{}
-	copyHeader(answer.Header, resp)
+	answer.Header = make(http.Header)
+	copyHeader(answer.Header, resp.Header)
 	answer.Header.Set("Connection", "Upgrade")
 	answer.Header.Set("Upgrade", "websocket")
 	answer.Write(buffered)
@@ -662,21 +750,17 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 		return
 	}
 
-	// The first bytes of the client may be in the server's buffer already. What follows is read from
-	// the connection itself: read through that buffer, its end would cancel r.Context().
+	// The server's buffer may hold the first bytes of the client. The rest is
+	// read from the connection itself: the end of the client's half, read
+	// through that buffer, would end r.Context().
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
 	ended := make(chan bool, 2)
-	go func() {
-		copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client))
-		ended <- true
-	}()
-	go func() {
-		copyToEnd(client, upstream)
-		ended <- true
-	}()
+	go copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client), ended)
+	go copyToEnd(client, upstream, ended)
 	<-ended
-	// The answer to a Close frame takes a moment (RFC 6455 §7.1.1). Who has gone altogether cannot be
-	// told from who still waits for it.
+
+	// The answer to a Close frame takes a moment (RFC 6455 §7.1.1). A peer that
+	// is gone looks like one that waits, so there is a limit.
 	timer := time.AfterFunc(f.endTime, func() {
 		upstream.Close()
 		client.SetDeadline(time.Now())
@@ -686,62 +770,118 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	linger(client)
 }
 
-// copyToEnd copies from src to dst until src ends, and ends what is sent to dst, which can still be
-// read. The upstream's connection offers that from Go 1.24 on.
-func copyToEnd(dst io.Writer, src io.Reader) {
+// copyToEnd copies from src to dst until src ends, and then ends what dst is
+// sent, while dst can still be read. The upstream's connection has CloseWrite
+// from Go 1.24 on.
+func copyToEnd(dst io.Writer, src io.Reader, ended chan<- bool) {
 	io.Copy(dst, src)
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
+	ended <- true
 }
 
-// earlyAnswerTime is how long the failure of an upload waits for an answer that came before it: an
-// upstream that answers early may hang up then, and the transport prefers a failure to an answer.
-const earlyAnswerTime = 250 * time.Millisecond
-
-// traceAnswer returns a context that passes 1xx answers on to w until stop is called. 100 is a
-// matter between two neighbours (RFC 9110 §15.2), and HTTP/1.0 knows none of them. The transport
-// calls from goroutines of its own, even after it has given up the request.
-func traceAnswer(w http.ResponseWriter, r *http.Request) (ctx context.Context, stop func()) {
-	var mu sync.Mutex // protects stopped, and w from two at a time
-	stopped := !r.ProtoAtLeast(1, 1)
-	trace := &httptrace.ClientTrace{
-		Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
-			mu.Lock()
-			defer mu.Unlock()
-			if !stopped && code != http.StatusContinue {
-				copyHeader(w.Header(), &http.Response{Header: http.Header(header)})
-				w.WriteHeader(code)
-				clear(w.Header())
-			}
-			return nil
-		},
-		WroteRequest: func(info httptrace.WroteRequestInfo) {
-			if info.Err != nil {
-				time.Sleep(earlyAnswerTime)
-			}
-		},
+// linger ends what is sent to the client, and reads what it still sends.
+func linger(client net.Conn) {
+	if tcp, ok := client.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
+		tcp.SetReadDeadline(time.Now().Add(lingerTime))
+		io.Copy(io.Discard, tcp)
 	}
-	stop = func() {
-		mu.Lock()
-		defer mu.Unlock()
-		stopped = true
-	}
-	return httptrace.WithClientTrace(r.Context(), trace), stop
 }
 
-// apiError is an answer of the proxy's own.
+// apiError is an answer of the proxy's own, in the form of OpenAI's errors.
 type apiError struct {
 	status  int
 	code    string // "invalid_api_key"
 	message string
 }
 
-// errLeft is for a client that has ended its connection, or its half of it, and so can hardly read
-// this. The end of a drain looks the same.
-var errLeft = &apiError{http.StatusServiceUnavailable, "cancelled", "client left, or the proxy stopped"}
+var (
+	errMethod = &apiError{
+		status:  http.StatusMethodNotAllowed,
+		code:    "method_not_allowed",
+		message: "CONNECT, TRACE and TRACK are not forwarded",
+	}
+	errTarget = &apiError{
+		status:  http.StatusBadRequest,
+		code:    "invalid_path",
+		message: "the request target must be a path: this is no HTTP proxy for other hosts",
+	}
+	errWebPage = &apiError{
+		status: http.StatusForbidden,
+		code:   "foreign_web_page",
+		message: "Host, Origin or Sec-Fetch-Site is that of a web page: " +
+			"call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY",
+	}
+	errKey = &apiError{
+		status: http.StatusUnauthorized,
+		code:   "invalid_api_key",
+		message: "wrong or missing key: " +
+			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer",
+	}
+	errPath = &apiError{
+		status: http.StatusBadRequest,
+		code:   "invalid_path",
+		message: "the path must be UTF-8, without . or .. segments " +
+			"and without escapes of escapes such as %252e",
+	}
+	errIncomplete = &apiError{
+		status:  http.StatusRequestTimeout,
+		code:    "incomplete_body",
+		message: "the request's body is incomplete",
+	}
+	errBody = &apiError{
+		status:  http.StatusBadRequest,
+		code:    "invalid_body",
+		message: "the request's body broke off or is malformed",
+	}
+	// errLeft is for a client that has closed its connection, or its half of it,
+	// and so hardly reads this. The end of a drain looks the same.
+	errLeft = &apiError{
+		status:  http.StatusServiceUnavailable,
+		code:    "cancelled",
+		message: "client left, or the proxy stopped",
+	}
+)
 
-// write answers with the error in the form of OpenAI's.
+// unreachable is the answer when there is none of the upstream's.
+func unreachable(message string) *apiError {
+	return &apiError{
+		status:  http.StatusBadGateway,
+		code:    "upstream_unreachable",
+		message: message,
+	}
+}
+
+// withoutToken answers a request for which there is no token.
+func (f *forwarder) withoutToken(w http.ResponseWriter, r *http.Request, err error) {
+	var failed *noTokenError
+	if !errors.As(err, &failed) { // the request's context has ended
+		errLeft.write(w, r)
+		return
+	}
+	seconds := max(1, int(math.Ceil(failed.retryAfter.Seconds())))
+	w.Header().Set("Retry-After", strconv.Itoa(seconds))
+	e := &apiError{
+		status:  http.StatusServiceUnavailable,
+		code:    "no_token",
+		message: noTokenMessage(r, err, f.key != ""),
+	}
+	e.write(w, r)
+}
+
+// noTokenMessage says why there is no token to a caller that has shown a key,
+// or is a program on this host. What the identity endpoint says is nobody
+// else's business.
+func noTokenMessage(r *http.Request, err error, hasKey bool) string {
+	host, _, _ := net.SplitHostPort(r.RemoteAddr)
+	if hasKey || isLoopback(host) && !mayBeWebPage(r) {
+		return "no token: " + err.Error()
+	}
+	return "no token"
+}
+
+// write answers with the error.
 func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	kind := "invalid_request_error"
 	if e.status >= 500 {
@@ -764,53 +904,80 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Nobody wants the body; the server would read it, or reset the connection of whoever sends it.
-	out := http.NewResponseController(w)
-	out.Flush()
-	if client, _, err := out.Hijack(); err == nil {
+	// Nobody wants the body.
+	controller := http.NewResponseController(w)
+	controller.Flush()
+	if client, _, err := controller.Hijack(); err == nil {
 		linger(client)
 		client.Close()
 	}
 }
 
-// linger ends what is for the client, and waits until it has ended, too: to close the connection
-// under a client that is still sending would lose what it has yet to read.
-func linger(client net.Conn) {
-	if tcp, ok := client.(*net.TCPConn); ok && tcp.CloseWrite() == nil {
-		tcp.SetReadDeadline(time.Now().Add(lingerTime))
-		io.Copy(io.Discard, tcp)
+// logProblem writes the second line about the request r, when something went
+// wrong with req, which is r as it went upstream, or with its answer resp, if
+// there was one. If the client has left, that is what went wrong.
+func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start time.Time,
+	what string) {
+	if r.Context().Err() != nil {
+		what = errLeft.message
 	}
+	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
+		what += "; apim-request-id " + f.secrets.safe(resp.Header.Get("Apim-Request-Id"), maxPiece)
+	}
+	took := time.Since(start).Round(time.Millisecond)
+	log.Printf("%s %s://%s%s after %v: %s", f.secrets.safe(req.Method, maxPiece),
+		req.URL.Scheme, req.URL.Host, f.safeTarget(req.URL.RequestURI()), took, what)
 }
 
-// failure says in which step a call to the upstream failed, how, and what to do about it.
-func (f *forwarder) failure(err error) (text, hint string) {
-	var dns *net.DNSError
-	var certificate *tls.CertificateVerificationError
-	var status statusError
-	var op *net.OpError
-	isOp, isStatus := errors.As(err, &op), errors.As(err, &status)
-	step := "connection broke: "
+// describeFailure says that there is no answer, in which step it failed and
+// why, and what to do about it.
+func (f *forwarder) describeFailure(err error) (text, hint string) {
+	step, reason := explainFailure(err)
+	text = "no answer from " + f.target.Host
 	switch {
-	case isOp && op.Op == "proxyconnect", isStatus && status.what == proxyAnswered:
-		step, hint = "connection failed: ", "HTTPS_PROXY names the proxy that failed"
-	case isStatus:
-		step = ""
-	case errors.As(err, &dns):
-		step, hint = "DNS lookup failed: ", "check TARGET_URL's host name, and this host's DNS"
-	case errors.As(err, &certificate):
-		step, hint = "certificate not trusted: ", "name a file with your own CA in SSL_CERT_FILE, "+
-			"unless its dates or names are wrong"
-	case isOp && op.Op == "dial":
-		step, hint = "connection failed: ", "a firewall? HTTPS_PROXY names a proxy to go through"
+	case f.isProxied():
+		text += " by way of HTTPS_PROXY"
+		hint = "HTTPS_PROXY names the proxy to go through"
+	case step == stepConnect:
+		hint = "a firewall? HTTPS_PROXY names a proxy to go through"
+	case step == stepDNS:
+		hint = "check TARGET_URL's host name, and this host's DNS"
 	}
-	return "no answer from " + f.target.Host + ": " + step + f.secrets.safe(cause(err), maxPiece), hint
+	if step == stepCertificate {
+		hint = "name a file with your own CA in SSL_CERT_FILE, unless its dates or names are wrong"
+	}
+	return text + ": " + step + ": " + f.secrets.safe(reason, maxPiece), hint
 }
 
-// roleName is the role that lets an identity use the models of a resource.
-const roleName = "Cognitive Services OpenAI User"
+// isProxied tells whether HTTPS_PROXY applies to the upstream.
+func (f *forwarder) isProxied() bool {
+	if f.transport.Proxy == nil {
+		return false
+	}
+	proxy, err := f.transport.Proxy(&http.Request{URL: f.target})
+	return err == nil && proxy != nil
+}
 
-// unpacked is the beginning of an answer's body without its compression, which the client asked
-// for. It cannot be read if the standard library does not know that.
+// explain says what a refusal means, and what to do about it. said is the
+// beginning of its body.
+func (f *forwarder) explain(resp *http.Response, said []byte, t token) (text, hint string) {
+	plain, canRead := unpacked(said, resp.Header.Get("Content-Encoding"))
+	text = "answered " + statusText(resp.StatusCode)
+	if code := errorCode(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
+		text += ": " + f.secrets.safe(code, maxPiece)
+	}
+	if after := resp.Header.Get("Retry-After"); after != "" {
+		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
+	}
+	hint = remedy(resp.StatusCode, string(plain), t)
+	if !canRead && resp.StatusCode != http.StatusTooManyRequests {
+		hint = "the body, which says why, is compressed in a way that cannot be read here"
+	}
+	return text, f.secrets.safe(hint, maxPiece)
+}
+
+// unpacked is the beginning of a body without its compression, if that is one
+// that the standard library knows.
 func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
 	if len(body) == 0 {
 		return nil, true
@@ -822,9 +989,11 @@ func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
 		return body, true
 	case "gzip", "x-gzip":
 		r, err = gzip.NewReader(bytes.NewReader(body))
-	case "deflate": // is zlib (RFC 9110 §8.4.1.2)
+	case "deflate":
+		// It is the zlib format, but some servers send bare deflate (RFC 9110
+		// §8.4.1.2).
 		r, err = zlib.NewReader(bytes.NewReader(body))
-		if err != nil { // some servers send it bare, as the same section says
+		if err != nil {
 			r, err = flate.NewReader(bytes.NewReader(body)), nil
 		}
 	default:
@@ -833,45 +1002,30 @@ func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
 	if err != nil {
 		return nil, false
 	}
-	plain, _ = io.ReadAll(io.LimitReader(r, maxSaid)) // the error is that the beginning ends
+	plain, _ = io.ReadAll(io.LimitReader(r, maxSaid)) // only its beginning is there
 	return plain, len(plain) > 0
 }
 
-// explain says what an answer means that is not as it should be, and what to do about it. Plain is
-// the beginning of its body, if that can be read.
-func (f *forwarder) explain(resp *http.Response, plain []byte, canRead bool, t token) (
-	text, hint string) {
-	text = "answered " + statusText(resp.StatusCode)
-	if code := reason(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
-		text += ": " + f.secrets.safe(code, maxPiece)
-	}
-	if after := resp.Header.Get("Retry-After"); after != "" {
-		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
-	}
-	hint = remedy(resp.StatusCode, strings.ToLower(string(plain)), t)
-	if !canRead && resp.StatusCode != http.StatusTooManyRequests {
-		hint = "the body, which says why, is compressed in a way that cannot be read here"
-	}
-	return text, f.secrets.safe(hint, maxPiece)
-}
-
-// reason is the code of a refusal, and the parameter that it is about. The message is left out, as it
-// may quote a prompt, and so is what does not look like an identifier.
-func reason(body []byte) string {
+// errorCode is the code of a refusal, and the parameter that it is about. The
+// message is left out, because it may quote a prompt. So is what does not look
+// like an identifier.
+func errorCode(body []byte) string {
 	var answer struct {
 		Error struct{ Code, Type, Param any }
 	}
 	if json.Unmarshal(body, &answer) != nil {
 		return ""
 	}
-	text := cmp.Or(identifier(answer.Error.Code), identifier(answer.Error.Type)) // Claude has no code
+	// Claude's errors have a type and no code.
+	code := cmp.Or(identifier(answer.Error.Code), identifier(answer.Error.Type))
 	if param := identifier(answer.Error.Param); param != "" {
-		text += " (param " + param + ")"
+		code += " (param " + param + ")"
 	}
-	return strings.TrimSpace(text)
+	return strings.TrimSpace(code)
 }
 
-// identifier is a JSON string such as "messages[0].content", or empty.
+// identifier is a JSON string such as "messages[0].content", and empty for
+// anything else.
 func identifier(value any) string {
 	text, _ := value.(string)
 	if len(text) > 64 || !consistsOf(text, letters+digits+"_-.[]") {
@@ -880,13 +1034,18 @@ func identifier(value any) string {
 	return text
 }
 
-// remedy is what to do about a usual refusal of the token t. What was said is in lower case.
-func remedy(status int, said string, t token) string {
-	says := func(word string) bool { return strings.Contains(said, word) }
-	unauthorized, forbidden := status == http.StatusUnauthorized, status == http.StatusForbidden
+// roleName is the role that lets an identity use the models of a resource.
+const roleName = "Cognitive Services OpenAI User"
+
+// remedy says what to do about a usual refusal of a request with the token t.
+func remedy(status int, body string, t token) string {
+	body = strings.ToLower(body)
+	says := func(text string) bool { return strings.Contains(body, text) }
+	unauthorized := status == http.StatusUnauthorized
+	forbidden := status == http.StatusForbidden
 	c := t.claims()
 	switch {
-	case strings.HasPrefix(said, "<"):
+	case strings.HasPrefix(body, "<"):
 		return "a web page answered, not the service: a proxy or firewall on the way?"
 	case (status == http.StatusBadRequest || unauthorized) && says("subdomain"):
 		return "a regional endpoint takes no tokens: " +
@@ -916,43 +1075,4 @@ func remedy(status int, said string, t token) string {
 		return "too many requests or tokens for the deployment's quota"
 	}
 	return ""
-}
-
-// logProblem writes the second line of the request r, for what went wrong with the upstream request
-// req and its answer resp, if there was one. A client that leaves is the cause of all else.
-func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response,
-	start time.Time, what string) {
-	if r.Context().Err() != nil {
-		what = errLeft.message
-	}
-	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
-		what += "; apim-request-id " + f.secrets.safe(resp.Header.Get("Apim-Request-Id"), maxPiece)
-	}
-	took := time.Since(start).Round(time.Millisecond)
-	log.Printf("%s %s://%s%s after %v: %s", f.secrets.safe(req.Method, maxPiece), req.URL.Scheme,
-		req.URL.Host, f.redact(req.URL.RequestURI()), took, what)
-}
-
-// redact is a request target for the log: without credentials, not at all if a secret is in it once
-// it is decoded, and quoted if it has bytes that could forge a line or hide in it.
-func (f *forwarder) redact(uri string) string {
-	if !strings.HasPrefix(uri, "/") {
-		return "(no path)" // but a URL, say, that holds a password
-	}
-	path, query, found := strings.Cut(uri, "?")
-	if found {
-		path += "?" + cutCredentials(query)
-	}
-	plain, err := url.PathUnescape(path)
-	if err != nil {
-		return f.redact(uri[:strings.Index(uri, "?")]) + "?(malformed)"
-	}
-	form, _ := url.QueryUnescape(path) // in which + is a space
-	if f.secrets.redact(plain) != plain || form != plain && f.secrets.redact(form) != form {
-		return "REDACTED"
-	}
-	if !isPrintableASCII(path) {
-		path = strconv.QuoteToASCII(path)
-	}
-	return f.secrets.safe(path, maxPiece)
 }

@@ -1,5 +1,10 @@
 package main
 
+// This file is about tokens, from the top down: a token; the token source,
+// which holds one and renews it in time; the identity endpoint, which the
+// environment chooses; one fetch from it, with its retries; how its answer is
+// read; and last what makes text from outside safe to show.
+
 import (
 	"cmp"
 	"context"
@@ -22,40 +27,64 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
-// How long a fetch may take and its failure is remembered. The pauses between tries are 0.8, 1.6,
-// 3.2 s and so on, each ±20 %: Microsoft's advice ("How to use managed identities for Azure
-// resources on an Azure VM to acquire an access token"), cut to what a waiting client bears.
 const (
-	tryTime       = 10 * time.Second // one request to the identity endpoint, its answer read
-	fetchTime     = 22 * time.Second // one fetch, with all its tries and pauses
-	firstPause    = 800 * time.Millisecond
-	coldMemory    = time.Second      // after a failure without a valid token
-	warmMemory    = 10 * time.Second // while one is valid, and no longer than it is
-	maxRetryAfter = 2 * time.Minute  // longest Retry-After that is believed
-	rejectPause   = 30 * time.Second // between two refreshes that an upstream 401 asks for
-	maxAnswer     = 256 << 10        // bytes; real answers have about 2,000
+	// tryTime bounds one request to the identity endpoint, its answer
+	// included. Endpoints on busy hosts have taken six seconds
+	// (Azure/azure-sdk-for-net#20609).
+	tryTime = 10 * time.Second
+
+	// fetchTime bounds one fetch with all its tries and pauses, and so the
+	// time that a client waits for a token. A choice of ours.
+	fetchTime = 22 * time.Second
+
+	// firstPause comes before the first retry. Each further pause is twice as
+	// long, as Microsoft asks for ("How to use managed identities for Azure
+	// resources on an Azure VM to acquire an access token", Retry guidance),
+	// but begins lower, as clients are waiting.
+	firstPause = 800 * time.Millisecond
+
+	// pauseWithoutToken follows a failed fetch when there is no valid token.
+	// Until it ends, requests are answered with that failure at once.
+	pauseWithoutToken = time.Second
+
+	// pauseWithToken follows a failed fetch while the old token is valid.
+	pauseWithToken = 10 * time.Second
+
+	// maxRetryAfter is the longest Retry-After of an endpoint that is heeded.
+	maxRetryAfter = 2 * time.Minute
+
+	// unaskedPause is how long the token source stays idle without a valid
+	// token when no request asks for one.
+	unaskedPause = time.Minute
+
+	// rejectedPause lies between two refreshes that a 401 from the upstream
+	// causes: the identity endpoint is not asked for a token per request.
+	rejectedPause = 30 * time.Second
+
+	// maxAnswer bounds what is read of an endpoint's answer, in bytes. Real
+	// ones have about 2,000.
+	maxAnswer = 256 << 10
 )
 
 // token is an access token and its life.
 type token struct {
-	authorization string    // "Bearer eyJ0eXAi…", as the header wants it
+	authorization string    // "Bearer eyJ0eXAi…", the header's value
 	clientID      string    // whose it is, if the endpoint says so
-	expires       time.Time // from then on it is not sent
-	refresh       time.Time // from then on it is due to be replaced
+	expires       time.Time // it is not sent from then on
+	refresh       time.Time // it is due to be replaced from then on
 }
 
-// validAt asks both clocks in a time.Time: the monotonic one stops while a machine sleeps, the
-// wall clock can be set back.
+// validAt compares by both clocks that a time.Time holds: the monotonic clock
+// stands still while a machine sleeps, and the wall clock may be set back.
 func (t token) validAt(now time.Time) bool {
 	return now.Before(t.expires) && now.Round(0).Before(t.expires.Round(0))
 }
 
-// claims are what a token says of itself ("Access token claims reference"). They are shown, never
-// relied on: it is the upstream that verifies them.
+// claims are what a token says of itself (Microsoft's "Access token claims
+// reference"). They are only shown: verifying them is the upstream's part.
 type claims struct {
 	Audience string `json:"aud"`
 	Tenant   string `json:"tid"`
@@ -63,7 +92,8 @@ type claims struct {
 	Client   string `json:"appid"`
 }
 
-// claims decodes the token, which is a JWT (RFC 7519) or else says nothing.
+// claims decodes the token's second part, as it is a JWT (RFC 7519). Of any
+// other kind of token every claim is "unknown".
 func (t token) claims() claims {
 	c := claims{Audience: "unknown", Tenant: "unknown", Object: "unknown", Client: "unknown"}
 	if parts := strings.Split(t.authorization, "."); len(parts) == 3 {
@@ -73,283 +103,380 @@ func (t token) claims() claims {
 	return c
 }
 
-// tokenError is why there is no token.
-type tokenError struct {
-	text       string
-	hint       string        // what to do about it, if that is known
-	transient  bool          // the same request may fare better in a moment
-	retryAfter time.Duration // when to ask again; 0 if that is not known
-}
-
-func (e *tokenError) Error() string { return withHint(e.text, e.hint) }
-
-// withHint is a text and its hint, if any, in one line.
-func withHint(text, hint string) string {
-	if hint == "" {
-		return text
-	}
-	return text + "; hint: " + hint
-}
-
 // tokenSource holds one token and replaces it before it expires.
 //
-// While the token is valid nobody waits: the fetch that replaces it runs beside the requests, on
-// a context of its own. Without a valid token everybody waits for the one fetch under way.
+// Its goroutine, run, is the only one that fetches, so there is never more
+// than one fetch at a time. While the held token is valid, no request waits.
+// Without a valid token, all requests wait for the same fetch.
 type tokenSource struct {
-	fetch func(context.Context) (token, *tokenError)
+	fetch func(context.Context) (token, error)
 	now   func() time.Time
+	asked chan struct{} // wakes run; its buffer of one keeps a wish made meanwhile
 
-	mu         sync.Mutex // protects the fields below
-	held       token
-	flight     chan struct{} // closed when the fetch under way ends; nil if there is none
-	failure    *tokenError   // of the last fetch; nil after a success
-	quietUntil time.Time     // after a failure: no fetch starts before then
-	rejectedAt time.Time     // when an upstream 401 last asked for a refresh
+	mu         sync.Mutex    // protects the fields below
+	held       token         // the zero token before the first success
+	failure    error         // of the last fetch; nil after a success
+	quietUntil time.Time     // no fetch begins before; set after a failure
+	rejectedAt time.Time     // when a 401 last made held due for refresh
+	fetched    chan struct{} // closed and replaced when a fetch ends
 }
 
-// token returns a valid token, at once if one is held. Its error is a *tokenError, or ctx's.
+func newTokenSource(fetch func(context.Context) (token, error),
+	now func() time.Time) *tokenSource {
+	return &tokenSource{
+		fetch:   fetch,
+		now:     now,
+		asked:   make(chan struct{}, 1),
+		fetched: make(chan struct{}),
+	}
+}
+
+// noTokenError is why there is no token, and when it pays to ask again.
+type noTokenError struct {
+	cause      error
+	retryAfter time.Duration
+}
+
+func (e *noTokenError) Error() string { return e.cause.Error() }
+
+// token returns a valid token. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) token(ctx context.Context) (token, error) {
 	s.mu.Lock()
 	now := s.now()
-	if held := s.held; held.validAt(now) {
-		s.refreshIfDue(now)
-		s.mu.Unlock()
-		return held, nil
-	}
-	flight := s.startFetch(now)
+	held, fetched, due := s.held, s.fetched, s.isDue(now)
 	s.mu.Unlock()
 
-	if flight != nil {
+	if due {
+		s.ask()
+	}
+	if held.validAt(now) {
+		return held, nil
+	}
+	if due { // the fetch is under way, or begins now
 		select {
-		case <-flight:
+		case <-fetched:
 		case <-ctx.Done():
 			return token{}, ctx.Err()
 		}
 	}
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now = s.now()
 	if s.held.validAt(now) {
 		return s.held, nil
 	}
-	e := tokenError{text: "the token expired as soon as it came"}
-	if s.failure != nil {
-		e = *s.failure
-	}
-	e.retryAfter = s.quietUntil.Sub(now)
-	return token{}, &e
+	cause := cmp.Or(s.failure, errors.New("the token expired as soon as it came"))
+	return token{}, &noTokenError{cause, s.quietUntil.Sub(now)}
 }
 
-// startFetch returns the fetch under way, having started it if need be, or nil if a recent
-// failure forbids one. The caller holds s.mu.
-func (s *tokenSource) startFetch(now time.Time) chan struct{} {
-	if s.flight == nil && !now.Before(s.quietUntil) {
-		s.flight = make(chan struct{})
-		go s.renew(s.flight)
+// isDue tells whether a fetch should begin, which remains true until it has
+// ended. The caller holds s.mu.
+func (s *tokenSource) isDue(now time.Time) bool {
+	if now.Before(s.quietUntil) {
+		return false
 	}
-	return s.flight
+	return !s.held.validAt(now) || !now.Before(s.held.refresh)
 }
 
-// refreshIfDue replaces the held token if its time has come. The caller holds s.mu.
-func (s *tokenSource) refreshIfDue(now time.Time) {
-	if s.held.validAt(now) && !now.Before(s.held.refresh) {
-		s.startFetch(now)
+// ask wakes run, which looks for itself whether a fetch is due.
+func (s *tokenSource) ask() {
+	select {
+	case s.asked <- struct{}{}:
+	default: // it has been asked already
 	}
 }
 
-// renew does one fetch and keeps its outcome. As long as a token is valid it sees to the next
-// fetch too, so that a client that comes back after hours need not wait.
-func (s *tokenSource) renew(flight chan struct{}) {
-	ctx, cancel := context.WithTimeout(context.Background(), fetchTime)
-	defer cancel()
-	t, failure := s.fetch(ctx)
-	if failure != nil {
-		log.Printf("no new token: %v", failure)
+// run fetches a token at once, and then another whenever one is due, until
+// ctx ends. It needs no requests for that: a client that comes back after
+// hours finds a valid token.
+func (s *tokenSource) run(ctx context.Context) {
+	for {
+		s.mu.Lock()
+		due := s.isDue(s.now())
+		s.mu.Unlock()
+		if due {
+			t, err := s.fetch(ctx)
+			if err != nil && ctx.Err() == nil {
+				log.Printf("no new token: %v", err)
+			}
+			s.publish(t, err)
+		}
+		select {
+		case <-time.After(s.untilDue()):
+		case <-s.asked:
+		case <-ctx.Done():
+			return
+		}
 	}
+}
 
+// untilDue is how long run may wait before it looks again.
+func (s *tokenSource) untilDue() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	defer close(flight)
-	s.flight, s.failure = nil, failure
 	now := s.now()
-	if failure == nil {
-		s.held, s.quietUntil = t, time.Time{}
-	} else {
-		memory := min(warmMemory, max(coldMemory, s.held.expires.Sub(now)))
-		s.quietUntil = now.Add(max(memory, min(failure.retryAfter, maxRetryAfter)))
+	if !s.held.validAt(now) {
+		return unaskedPause
 	}
-	if s.held.validAt(now) {
-		due := max(s.held.refresh.Sub(now), s.quietUntil.Sub(now), time.Second)
-		time.AfterFunc(due, func() {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			s.refreshIfDue(s.now())
-		})
-	}
+	return max(s.held.refresh.Sub(now), s.quietUntil.Sub(now), time.Second)
 }
 
-// rejected says that the upstream answered 401 to t. The token stays in use, as a missing role is
-// a 401 too, but a new one is fetched.
+// publish keeps the outcome of a fetch and wakes those who wait for it. A
+// failure leaves the old token in use for as long as that is valid.
+func (s *tokenSource) publish(t token, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failure = err
+	if err == nil {
+		s.held, s.quietUntil = t, time.Time{}
+	} else {
+		s.quietUntil = s.now().Add(s.pauseAfter(err))
+	}
+	close(s.fetched)
+	s.fetched = make(chan struct{})
+}
+
+// pauseAfter is how long no fetch begins after one that failed with err. The
+// longer pause ends with the held token at the latest. The caller holds s.mu.
+func (s *tokenSource) pauseAfter(err error) time.Duration {
+	pause := pauseWithoutToken
+	if left := s.held.expires.Sub(s.now()); left > pause {
+		pause = min(left, pauseWithToken)
+	}
+	var failed *fetchError
+	if errors.As(err, &failed) {
+		pause = max(pause, min(failed.retryAfter, maxRetryAfter))
+	}
+	return pause
+}
+
+// rejected makes t due for refresh, as the upstream answered 401 to it. It
+// stays in use meanwhile, because a missing role is answered with 401 too.
 func (s *tokenSource) rejected(t token) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()
-	if t.authorization == s.held.authorization && now.Sub(s.rejectedAt) >= rejectPause {
-		s.rejectedAt, s.held.refresh = now, now
-		s.refreshIfDue(now)
+	if t.authorization != s.held.authorization || now.Sub(s.rejectedAt) < rejectedPause {
+		return
 	}
+	s.rejectedAt = now
+	s.held.refresh = now
+	s.ask()
 }
 
-// source is an identity endpoint, with one identity: where a tokenSource fetches from.
-type source struct {
-	name     string // "IMDS"; the fields from here to request are a row of sources
-	marks    string // variables that are all set where it is: "MSI_ENDPOINT and MSI_SECRET"
-	file     string // or a file that exists there
-	endpoint string // variable that holds its URL, or the start of it
-	fallback string // what that is where the variable is empty
-	path     string // what follows it
-	secret   string // variable that proves to it who asks
-	header   string // where the secret goes
-	version  string // api-version of a GET
-	idParam  string // parameter for the client id of a user-assigned identity
-	request  func(*source, context.Context) (*http.Request, *tokenError)
-
-	getenv       func(string) string
+// endpoint is an identity endpoint, and the identity that it is asked for.
+type endpoint struct {
+	name         string   // "IMDS"
+	why          string   // it was chosen: "marked by MSI_ENDPOINT"
 	url          *url.URL // "http://169.254.169.254/metadata/identity/oauth2/token"
-	clientID     string   // empty for the system-assigned identity
-	clientIDFrom string   // "AZURE_CLIENT_ID"
-	resource     string   // "https://cognitiveservices.azure.com": the scope less its /.default
-	keyDir       string   // where Azure Arc's agent puts the keys of its challenges
-	secrets      *secrets // of this program, for what is said about the endpoint
-	transport    http.RoundTripper
-	now          func() time.Time
-	sleep        func(context.Context, time.Duration)
+	resource     string   // "https://cognitiveservices.azure.com"
+	clientID     string   // of a user-assigned identity; empty for the system-assigned one
+	clientIDFrom string   // the variable that holds it: "AZURE_CLIENT_ID"
+
+	// request makes the request for a token, anew for each try.
+	request func(context.Context) (*http.Request, error)
+
+	alsoRetried  []int  // statuses that pass here, beside those of shouldRetry
+	noAnswerHint string // what it may mean that it does not answer
+	mustEchoID   bool   // an answer without clientID in it is another identity's
+
+	debug     bool
+	secrets   *secrets
+	transport *http.Transport
+	now       func() time.Time
+	sleep     func(context.Context, time.Duration)
 }
 
-// sources are the places that tokens come from, in the order in which the Azure SDKs look for them;
-// the first that is there is taken.
-var sources = []source{
-	{name: "workload identity", // of AKS
-		marks:    "AZURE_FEDERATED_TOKEN_FILE and AZURE_TENANT_ID and AZURE_CLIENT_ID",
-		endpoint: "AZURE_AUTHORITY_HOST", fallback: "https://login.microsoftonline.com",
-		request: (*source).workloadIdentity},
-	{name: "Service Fabric", // refused by newSource
-		marks: "IDENTITY_ENDPOINT and IDENTITY_HEADER and IDENTITY_SERVER_THUMBPRINT"},
-	{name: "App Service", // and Functions, Container Apps, Automation
-		marks:    "IDENTITY_ENDPOINT and IDENTITY_HEADER",
-		endpoint: "IDENTITY_ENDPOINT", secret: "IDENTITY_HEADER", header: "X-IDENTITY-HEADER",
-		version: "2019-08-01", idParam: "client_id", request: (*source).newGet},
-	{name: "Azure ML", // which has App Service's protocol of 2017
-		marks:    "MSI_ENDPOINT and MSI_SECRET",
-		endpoint: "MSI_ENDPOINT", secret: "MSI_SECRET", header: "Secret",
-		version: "2017-09-01", idParam: "clientid", request: (*source).newGet},
-	{name: "Cloud Shell",
-		marks: "MSI_ENDPOINT", endpoint: "MSI_ENDPOINT", request: (*source).cloudShell},
-	{name: "Azure Arc", // a service may lack the variables, if it started before the agent
-		marks:    "IDENTITY_ENDPOINT and IMDS_ENDPOINT",
-		file:     arcFile("/opt/azcmagent/bin/himds", "ProgramFiles", "himds.exe"),
-		endpoint: "IDENTITY_ENDPOINT",
-		fallback: "http://127.0.0.1:40342/metadata/identity/oauth2/token",
-		version:  "2020-06-01", idParam: "client_id", request: (*source).arc},
-	{name: "IMDS", // of virtual machines, AKS nodes and Container Instances
-		endpoint: "AZURE_POD_IDENTITY_AUTHORITY_HOST", fallback: "http://169.254.169.254",
-		path:    "/metadata/identity/oauth2/token",
-		version: "2018-02-01", idParam: "client_id", request: (*source).newGet},
+// String says which endpoint it is, and why it was chosen.
+func (e *endpoint) String() string { return e.name + " at " + e.url.Host + ", " + e.why }
+
+// arcFiles are where Azure Arc's agent keeps its files. Its directories can be
+// written to by root, or an administrator, only.
+type arcFiles struct {
+	agent string // the file that exists where the agent is installed
+	keys  string // the directory of the keys for its challenges
 }
 
-// halves are variables that mean nothing unless another, or one of two others, is set too.
-var halves = [][2]string{
-	{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_TENANT_ID"},
-	{"AZURE_FEDERATED_TOKEN_FILE", "AZURE_CLIENT_ID"},
-	{"IDENTITY_ENDPOINT", "IDENTITY_HEADER or IMDS_ENDPOINT"},
-	// In a Container Instance, which has IMDS, the header comes with the thumbprint alone.
-	{"IDENTITY_HEADER", "IDENTITY_ENDPOINT or IDENTITY_SERVER_THUMBPRINT"},
-	{"IMDS_ENDPOINT", "IDENTITY_ENDPOINT"},
-	{"MSI_SECRET", "MSI_ENDPOINT"},
+func arcFilesHere(getenv func(string) string) arcFiles {
+	if runtime.GOOS == "windows" {
+		const folder = "AzureConnectedMachineAgent"
+		return arcFiles{
+			agent: filepath.Join(getenv("ProgramFiles"), folder, "himds.exe"),
+			keys:  filepath.Join(getenv("ProgramData"), folder, "Tokens"),
+		}
+	}
+	return arcFiles{agent: "/opt/azcmagent/bin/himds", keys: "/var/opt/azcmagent/tokens"}
 }
 
-// newSource picks the source for the environment. Its error names the variables that are wrong.
-func newSource(getenv func(string) string, scope string, hidden *secrets) (*source, error) {
+// pairs are variables that mean nothing unless one of some others is set too.
+// The Azure SDKs fall back to IMDS then, which fails later with less to go by.
+var pairs = []struct {
+	name   string
+	others []string
+}{
+	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_TENANT_ID"}},
+	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_CLIENT_ID"}},
+	{"IDENTITY_ENDPOINT", []string{"IDENTITY_HEADER", "IMDS_ENDPOINT"}},
+	// Container Instances have IMDS, and yet set the header and the thumbprint,
+	// without an endpoint (MicrosoftDocs/azure-docs#122273).
+	{"IDENTITY_HEADER", []string{"IDENTITY_ENDPOINT", "IDENTITY_SERVER_THUMBPRINT"}},
+	{"IMDS_ENDPOINT", []string{"IDENTITY_ENDPOINT"}},
+	{"MSI_SECRET", []string{"MSI_ENDPOINT"}},
+}
+
+// newEndpoint chooses the endpoint as the Azure SDKs do, in their order. Its
+// error names the variable that is wrong.
+func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
+	hidden *secrets) (*endpoint, error) {
 	isSet := func(name string) bool { return getenv(name) != "" }
-	isUnset := func(name string) bool { return getenv(name) == "" }
-	for _, h := range halves {
-		if isSet(h[0]) && !slices.ContainsFunc(strings.Split(h[1], " or "), isSet) {
-			return nil, fmt.Errorf("%s is set without %s: set both, or neither", h[0], h[1])
+	for _, p := range pairs {
+		if isSet(p.name) && !slices.ContainsFunc(p.others, isSet) {
+			return nil, fmt.Errorf("%s is set without %s: set both, or neither",
+				p.name, strings.Join(p.others, " or "))
 		}
 	}
-	s := sources[slices.IndexFunc(sources, func(s source) bool {
-		return exists(s.file) || s.marks == "" ||
-			!slices.ContainsFunc(strings.Split(s.marks, " and "), isUnset)
-	})]
-
-	// It is spoken to straight, whatever proxy the environment names. A transport does not follow
-	// redirects, which would show the request's secret to others.
-	transport := &http.Transport{
-		Proxy:                  nil,
-		DisableKeepAlives:      true, // a request in hours
-		DisableCompression:     true,
-		MaxResponseHeaderBytes: maxAnswer, // time is bounded by the context of each try
+	e := &endpoint{
+		resource:     strings.TrimSuffix(scope, "/.default"),
+		clientID:     getenv("AZURE_CLIENT_ID"),
+		clientIDFrom: "AZURE_CLIENT_ID",
+		debug:        isDebug(getenv),
+		secrets:      hidden,
+		now:          time.Now,
+		sleep:        sleep,
 	}
-	s.getenv, s.now, s.sleep, s.transport, s.secrets = getenv, time.Now, sleep, transport, hidden
-	s.secrets.hide("endpoint's secret", getenv(s.secret))
-	s.resource = strings.TrimSuffix(scope, "/.default")
-	s.keyDir = arcFile("/var/opt/azcmagent/tokens", "ProgramData", "Tokens")
-	s.clientID, s.clientIDFrom = getenv("AZURE_CLIENT_ID"), "AZURE_CLIENT_ID"
-	switch s.name {
-	case "Service Fabric":
-		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not supported, " +
-			"as its endpoint is known by a certificate's SHA-1 only; run the proxy on a host with IMDS")
-	case "Cloud Shell":
-		if s.clientID != "" {
-			return nil, errors.New("AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no " +
-				"user-assigned identities: unset it")
-		}
-	case "Azure ML":
-		if s.clientID == "" {
-			s.clientIDFrom = "DEFAULT_IDENTITY_CLIENT_ID"
-			s.clientID = getenv(s.clientIDFrom)
-		}
-	case "workload identity":
-		s.path = "/" + url.PathEscape(getenv("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
+	// No redirect is followed, as a RoundTripper never does. It would show the
+	// request's secret to another host.
+	e.transport = &http.Transport{
+		Proxy:                  nil,  // the platforms' endpoints are on the host's own link
+		DisableKeepAlives:      true, // there are hours between two requests
+		DisableCompression:     true, // ask for no gzip
+		MaxResponseHeaderBytes: maxAnswer,
+		// Its timeouts are zero, as the context of each try bounds it.
 	}
 
-	raw := cmp.Or(getenv(s.endpoint), s.fallback)
-	if s.path != "" {
-		raw = strings.TrimRight(raw, "/") + s.path
+	urlFrom := func(variable, fallback, path string) (*url.URL, error) {
+		return parseEndpoint(variable, getenv(variable), fallback, path)
 	}
 	var err error
-	s.url, err = url.Parse(raw)
-	if err != nil || !hasHost(s.url) || s.url.Scheme != "http" && s.url.Scheme != "https" {
-		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s",
-			s.endpoint, cmp.Or(s.fallback, "http://127.0.0.1:41964/msi/token"))
-	}
-	if s.name == "workload identity" {
-		if s.url.Scheme == "http" && !isLoopback(s.url.Hostname()) {
-			return nil, fmt.Errorf("%s: want https, as in %s", s.endpoint, s.fallback)
-		}
-		transport.Proxy = proxyTo(s.url) // Entra ID is outside
-	}
-	return &s, nil
-}
-
-// proxyTo is how a transport finds the proxy to a host that is not on this one. In the clear none is
-// used: what is asked without TLS is on a loopback address, whatever the host is called.
-func proxyTo(u *url.URL) func(*http.Request) (*url.URL, error) {
-	if u.Scheme != "https" {
-		return nil
-	}
-	return http.ProxyFromEnvironment
-}
-
-// why says what shows that the source is there.
-func (s *source) why() string {
 	switch {
-	case exists(s.file):
-		return "marked by " + s.file
-	case s.marks != "":
-		return "marked by " + s.marks
+	case isSet("AZURE_FEDERATED_TOKEN_FILE"):
+		// AKS workload identity: its webhook sets AZURE_TENANT_ID and
+		// AZURE_CLIENT_ID too ("Use Microsoft Entra Workload ID with Azure
+		// Kubernetes Service"). Entra ID itself is asked, by way of HTTPS_PROXY
+		// if that is set.
+		e.name, e.why = "workload identity", "marked by AZURE_FEDERATED_TOKEN_FILE"
+		e.url, err = urlFrom("AZURE_AUTHORITY_HOST", "https://login.microsoftonline.com",
+			"/"+url.PathEscape(getenv("AZURE_TENANT_ID"))+"/oauth2/v2.0/token")
+		if err != nil {
+			return nil, err
+		}
+		if e.url.Scheme == "http" && !isLoopback(e.url.Hostname()) {
+			return nil, errors.New("AZURE_AUTHORITY_HOST: want https")
+		}
+		e.transport.Proxy = proxyTo(e.url)
+		e.request = func(context.Context) (*http.Request, error) {
+			return e.tokenExchange(getenv("AZURE_FEDERATED_TOKEN_FILE"))
+		}
+
+	case isSet("IDENTITY_ENDPOINT") && isSet("IDENTITY_HEADER") &&
+		isSet("IDENTITY_SERVER_THUMBPRINT"):
+		return nil, errors.New("IDENTITY_SERVER_THUMBPRINT is set: Service Fabric is not " +
+			"supported, as its endpoint is known by a certificate's SHA-1 only; " +
+			"run the proxy on a host with IMDS")
+
+	case isSet("IDENTITY_ENDPOINT") && isSet("IDENTITY_HEADER"):
+		// App Service, Functions, Container Apps and Automation ("How to use
+		// managed identities for App Service and Azure Functions", REST endpoint
+		// reference). The header proves that the caller is the app.
+		e.name, e.why = "App Service", "marked by IDENTITY_ENDPOINT and IDENTITY_HEADER"
+		e.url, err = urlFrom("IDENTITY_ENDPOINT", "", "")
+		hidden.hide("endpoint's secret", getenv("IDENTITY_HEADER"))
+		e.request = func(context.Context) (*http.Request, error) {
+			req := e.get("2019-08-01", "client_id")
+			req.Header.Set("X-Identity-Header", getenv("IDENTITY_HEADER"))
+			return req, nil
+		}
+
+	case isSet("MSI_ENDPOINT") && isSet("MSI_SECRET"):
+		// Azure Machine Learning, which has kept App Service's protocol of 2017.
+		// A compute names its own identity in a variable of its own.
+		e.name, e.why = "Azure ML", "marked by MSI_ENDPOINT and MSI_SECRET"
+		e.url, err = urlFrom("MSI_ENDPOINT", "", "")
+		if e.clientID == "" {
+			e.clientIDFrom = "DEFAULT_IDENTITY_CLIENT_ID"
+			e.clientID = getenv("DEFAULT_IDENTITY_CLIENT_ID")
+		}
+		hidden.hide("endpoint's secret", getenv("MSI_SECRET"))
+		e.request = func(context.Context) (*http.Request, error) {
+			req := e.get("2017-09-01", "clientid")
+			req.Header.Set("Secret", getenv("MSI_SECRET"))
+			return req, nil
+		}
+
+	case isSet("MSI_ENDPOINT"):
+		// Cloud Shell. It has one identity, that of the user at the terminal.
+		if e.clientID != "" {
+			return nil, errors.New("AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has " +
+				"no user-assigned identities: unset it")
+		}
+		e.name, e.why = "Cloud Shell", "marked by MSI_ENDPOINT"
+		e.url, err = urlFrom("MSI_ENDPOINT", "", "")
+		e.request = func(context.Context) (*http.Request, error) {
+			req := e.post(url.Values{"resource": {e.resource}})
+			req.Header.Set("Metadata", "true")
+			return req, nil
+		}
+
+	case isSet("IDENTITY_ENDPOINT") || exists(arc.agent):
+		// Azure Arc ("Authenticate against Azure resources with Azure
+		// Arc-enabled servers"). A service that was started before the agent was
+		// installed lacks its variables, so the agent's file counts too. Older
+		// agents ignore client_id and give the token of the host's own identity.
+		e.name, e.why = "Azure Arc", "marked by IDENTITY_ENDPOINT and IMDS_ENDPOINT"
+		if !isSet("IDENTITY_ENDPOINT") {
+			e.why = "marked by " + arc.agent
+		}
+		e.url, err = urlFrom("IDENTITY_ENDPOINT",
+			"http://127.0.0.1:40342/metadata/identity/oauth2/token", "")
+		e.mustEchoID = e.clientID != ""
+		e.request = func(ctx context.Context) (*http.Request, error) {
+			return e.answerChallenge(ctx, arc.keys)
+		}
+
+	default:
+		// The Instance Metadata Service of virtual machines, scale sets, AKS
+		// nodes and Container Instances. While it is being updated, for up to 70
+		// seconds, it answers 404 or 410 (the page that firstPause names).
+		e.name, e.why = "IMDS", "no variable marks another endpoint"
+		e.url, err = urlFrom("AZURE_POD_IDENTITY_AUTHORITY_HOST", "http://169.254.169.254",
+			"/metadata/identity/oauth2/token")
+		e.alsoRetried = []int{http.StatusNotFound, http.StatusGone}
+		e.noAnswerHint = "only Azure hosts have it"
+		e.request = func(context.Context) (*http.Request, error) {
+			return e.get("2018-02-01", "client_id"), nil
+		}
 	}
-	return "no variable marks another source"
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// parseEndpoint parses the URL that the variable holds, or fallback if it is
+// not set, with path after it. Its error shows an example and not the URL,
+// which may hold a secret.
+func parseEndpoint(variable, value, fallback, path string) (*url.URL, error) {
+	raw := cmp.Or(value, fallback)
+	if path != "" {
+		raw = strings.TrimRight(raw, "/") + path
+	}
+	u, err := url.Parse(raw)
+	if err != nil || !hasHost(u) || u.Scheme != "http" && u.Scheme != "https" {
+		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s",
+			variable, cmp.Or(fallback, "http://127.0.0.1:41964/msi/token"))
+	}
+	return u, nil
 }
 
 func exists(file string) bool {
@@ -357,12 +484,14 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// arcFile is where Azure Arc's agent keeps a file.
-func arcFile(unix, windowsFolder, windowsName string) string {
-	if runtime.GOOS == "windows" {
-		return filepath.Join(os.Getenv(windowsFolder), "AzureConnectedMachineAgent", windowsName)
+// proxyTo is the Proxy function of a transport to u's host. HTTPS_PROXY and
+// NO_PROXY count, HTTP_PROXY does not: without TLS the program speaks to
+// loopback addresses only, and a proxy would see the token.
+func proxyTo(u *url.URL) func(*http.Request) (*url.URL, error) {
+	if u.Scheme != "https" {
+		return nil
 	}
-	return unix
+	return http.ProxyFromEnvironment
 }
 
 func sleep(ctx context.Context, d time.Duration) {
@@ -372,265 +501,237 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// newGet makes the GET that most endpoints want; a query in the endpoint's own URL is kept. The
-// Metadata header shows that no redirect or web page made this request.
-func (s *source) newGet(context.Context) (*http.Request, *tokenError) {
-	u := *s.url
-	q := u.Query()
-	q.Set("api-version", s.version)
-	q.Set("resource", s.resource)
-	if s.clientID != "" {
-		q.Set(s.idParam, s.clientID)
+// get makes the GET request of most endpoints. They differ in api-version and
+// in the name of the parameter for a client id.
+func (e *endpoint) get(apiVersion, idParam string) *http.Request {
+	u := *e.url
+	query := u.Query() // an endpoint's own query is kept
+	query.Set("api-version", apiVersion)
+	query.Set("resource", e.resource)
+	if e.clientID != "" {
+		query.Set(idParam, e.clientID)
 	}
-	u.RawQuery = q.Encode()
-	req := &http.Request{Method: http.MethodGet, URL: &u, Header: http.Header{"Metadata": {"true"}}}
-	if s.header != "" {
-		req.Header.Set(s.header, s.getenv(s.secret))
-	}
-	return req, nil
+	u.RawQuery = query.Encode()
+	// This header tells the endpoint that no web page and no redirect made the
+	// request, as neither can set it.
+	header := http.Header{"Metadata": {"true"}}
+	return &http.Request{Method: http.MethodGet, URL: &u, Header: header}
 }
 
-func (s *source) newPost(form url.Values) *http.Request {
-	// The error would be about the URL, which has been parsed before.
-	req, _ := http.NewRequest(http.MethodPost, s.url.String(), strings.NewReader(form.Encode()))
+func (e *endpoint) post(form url.Values) *http.Request {
+	// NewRequest can fail only on its method and URL, which are valid.
+	req, _ := http.NewRequest(http.MethodPost, e.url.String(), strings.NewReader(form.Encode()))
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	return req
 }
 
-func (s *source) cloudShell(context.Context) (*http.Request, *tokenError) {
-	req := s.newPost(url.Values{"resource": {s.resource}})
-	req.Header.Set("Metadata", "true")
-	return req, nil
-}
-
-// workloadIdentity exchanges the token that Kubernetes puts into the pod, and renews there within
-// the hour ("OAuth 2.0 client credentials flow on the Microsoft identity platform").
-func (s *source) workloadIdentity(context.Context) (*http.Request, *tokenError) {
-	assertion, err := os.ReadFile(s.getenv("AZURE_FEDERATED_TOKEN_FILE"))
+// tokenExchange makes the request that exchanges the token in file, which
+// Kubernetes puts there and replaces within the hour, for one of Entra ID
+// ("Microsoft identity platform and the OAuth 2.0 client credentials flow",
+// third case).
+func (e *endpoint) tokenExchange(file string) (*http.Request, error) {
+	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, s.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
+		return nil, e.errorf("was not asked: AZURE_FEDERATED_TOKEN_FILE: %v", err)
 	}
-	proof := strings.TrimSpace(string(assertion))
-	s.secrets.hide("proof", proof)
-	return s.newPost(url.Values{
-		"client_id":             {s.clientID},
-		"scope":                 {s.resource + "/.default"}, // Entra ID refuses a bare resource here
+	assertion := strings.TrimSpace(string(text))
+	e.secrets.hide("assertion", assertion)
+	return e.post(url.Values{
+		"client_id":             {e.clientID},
+		"scope":                 {e.resource + "/.default"}, // a bare resource is refused here
 		"grant_type":            {"client_credentials"},
 		"client_assertion_type": {"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"},
-		"client_assertion":      {proof},
+		"client_assertion":      {assertion},
 	}), nil
 }
 
-// arc answers the challenge of Azure Arc's agent: to show the content of a file that only root and
-// the group himds can read ("Authenticate against Azure resources with Azure Arc-enabled servers").
-func (s *source) arc(ctx context.Context) (*http.Request, *tokenError) {
-	req, _ := s.newGet(ctx)
-	resp, body, failure := s.do(ctx, req)
-	if failure != nil {
-		return nil, failure
+// answerChallenge makes the request for Azure Arc's agent. It answers a first
+// one with 401 and names a file that root and the group himds can read; the
+// second must show what is in that file.
+func (e *endpoint) answerChallenge(ctx context.Context, keys string) (*http.Request, error) {
+	req := e.get("2020-06-01", "client_id")
+	resp, body, err := e.do(ctx, req)
+	if err != nil {
+		return nil, err
 	}
 	if resp.StatusCode != http.StatusUnauthorized {
-		return nil, s.refusal(resp, body)
+		return nil, e.refusal(resp, body)
 	}
-	key, err := readKey(resp.Header.Get("WWW-Authenticate"), s.keyDir)
+	key, err := readKey(resp.Header.Get("WWW-Authenticate"), keys)
 	if err != nil {
-		return nil, s.errorf("sent a challenge that cannot be met: %v", err)
+		return nil, e.errorf("sent a challenge that cannot be met: %v", err)
 	}
-	s.secrets.hide("proof", key)
+	e.secrets.hide("key of the challenge", key)
 	req.Header.Set("Authorization", "Basic "+key)
 	return req, nil
 }
 
-// readKey reads the file that an Arc challenge names, which must be a regular .key file of at most
-// 4096 bytes right in dir, where only root can write: the endpoint must not get at any other file.
+// readKey reads the file that a challenge names. It must be a regular .key
+// file right in dir, of 4096 bytes at most, as the SDKs ask too: whoever has
+// taken the agent's port must not get other files shown.
 func readKey(challenge, dir string) (string, error) {
-	path, ok := strings.CutPrefix(challenge, "Basic realm=")
-	if !ok || path != filepath.Join(dir, filepath.Base(path)) || filepath.Ext(path) != ".key" {
+	file, ok := strings.CutPrefix(challenge, "Basic realm=")
+	if !ok || file != filepath.Join(dir, filepath.Base(file)) || filepath.Ext(file) != ".key" {
 		return "", fmt.Errorf("it does not name a .key file in %s", dir)
 	}
-	info, err := os.Lstat(path)
+	info, err := os.Lstat(file)
 	if err == nil && (!info.Mode().IsRegular() || info.Size() > 4096) {
-		return "", fmt.Errorf("%s is not a regular file of 4096 bytes at most", path)
+		return "", fmt.Errorf("%s is not a regular file of 4096 bytes at most", file)
 	}
-	var key []byte
-	if err == nil {
-		key, err = os.ReadFile(path)
-	}
+	key, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrPermission) {
-		err = fmt.Errorf("%w; hint: run as root, or join the group himds", err)
+		return "", fmt.Errorf("%w; hint: run as root, or join the group himds", err)
 	}
-	text := strings.TrimRight(string(key), "\r\n") // an editor or echo may have added a line's end
+	if err != nil {
+		return "", err
+	}
+	text := strings.TrimRight(string(key), "\r\n") // an editor may have added a line break
 	if !isPrintableASCII(text) {
-		err = fmt.Errorf("%s has bytes that a header cannot carry", path)
+		return "", fmt.Errorf("%s has bytes that a header cannot carry", file)
 	}
-	return text, err
+	return text, nil
 }
 
-// fetch gets a token, trying again while the endpoint's answers are such that it may help.
-func (s *source) fetch(ctx context.Context) (token, *tokenError) {
-	left := fetchTime // for pauses: one that does not fit, a long Retry-After, is not begun
+// fetchError is why a fetch failed.
+type fetchError struct {
+	text       string        // "IMDS at 169.254.169.254 answered 400: …"
+	hint       string        // what to do about it; empty if that is not known
+	retry      bool          // the same request may succeed in a moment
+	retryAfter time.Duration // the endpoint's Retry-After; 0 if there is none
+}
+
+func (e *fetchError) Error() string { return withHint(e.text, e.hint) }
+
+// withHint is a text and its hint, if there is one, in one line.
+func withHint(text, hint string) string {
+	if hint == "" {
+		return text
+	}
+	return text + "; hint: " + hint
+}
+
+// errorf makes a fetchError that says who was asked, and for which identity.
+func (e *endpoint) errorf(format string, args ...any) *fetchError {
+	text := e.secrets.safe(fmt.Sprintf(format, args...), maxPiece)
+	text = e.name + " at " + e.url.Host + " " + strings.TrimSpace(text)
+	if e.clientID != "" {
+		text += " (client_id " + e.clientID + ", from " + e.clientIDFrom + ")"
+	}
+	return &fetchError{text: text}
+}
+
+// fetch gets a token, with retries while they may help and there is time. Its
+// error is a *fetchError.
+func (e *endpoint) fetch(ctx context.Context) (token, error) {
+	ctx, cancel := context.WithTimeout(ctx, fetchTime)
+	defer cancel()
+	deadline := e.now().Add(fetchTime)
 	for pause := firstPause; ; pause *= 2 {
-		t, failure := s.try(ctx)
-		if failure == nil || !failure.transient {
-			return t, failure
+		t, err := e.try(ctx)
+		var failed *fetchError
+		if !errors.As(err, &failed) || !failed.retry {
+			return t, err
 		}
+		// Jitter of ±20 % keeps many hosts from asking in step.
 		jittered := time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
-		wait := max(failure.retryAfter, jittered)
-		if left -= wait; left < 0 {
-			return t, failure
+		wait := max(failed.retryAfter, jittered)
+		if e.now().Add(wait).After(deadline) {
+			return token{}, err
 		}
-		if s.sleep(ctx, wait); ctx.Err() != nil {
-			return t, failure
+		e.sleep(ctx, wait)
+		if ctx.Err() != nil {
+			return token{}, err
 		}
 	}
 }
 
-// try asks the endpoint once.
-func (s *source) try(ctx context.Context) (token, *tokenError) {
+// try asks the endpoint once. Its error is a *fetchError.
+func (e *endpoint) try(ctx context.Context) (token, error) {
 	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
-	req, failure := s.request(s, ctx)
-	if failure != nil {
-		return token{}, failure
+	req, err := e.request(ctx)
+	if err != nil {
+		return token{}, err
 	}
-	sent := s.now()
-	resp, body, failure := s.do(ctx, req)
-	if failure != nil {
-		return token{}, failure
+	sent := e.now()
+	resp, body, err := e.do(ctx, req)
+	if err != nil {
+		return token{}, err
 	}
 	if resp.StatusCode != http.StatusOK {
-		return token{}, s.refusal(resp, body)
+		return token{}, e.refusal(resp, body)
 	}
-	t, err := parseToken(body, sent, serverTime(resp.Header, sent))
+
+	// expires_on is told by the endpoint's clock, which its Date header shows.
+	endpointTime, err := http.ParseTime(resp.Header.Get("Date"))
 	if err != nil {
-		failure := s.errorf("answered with %s, not a usable token: %v",
-			cmp.Or(resp.Header.Get("Content-Type"), "no Content-Type"), err)
-		failure.transient = err == errExpired
-		return token{}, failure
+		endpointTime = sent
 	}
-	s.secrets.hide("token", strings.TrimPrefix(t.authorization, "Bearer "))
-	if s.name == "Azure Arc" && s.clientID != "" && !strings.EqualFold(t.clientID, s.clientID) {
-		return token{}, s.errorf("gave the token of another identity, as older agents do; " +
+	t, err := parseToken(body, sent, endpointTime)
+	if err != nil {
+		failed := e.errorf("answered with %s, not a usable token: %v",
+			cmp.Or(resp.Header.Get("Content-Type"), "no Content-Type"), err)
+		failed.retry = errors.Is(err, errExpired)
+		return token{}, failed
+	}
+	e.secrets.hide("token", strings.TrimPrefix(t.authorization, "Bearer "))
+	if e.mustEchoID && !strings.EqualFold(t.clientID, e.clientID) {
+		return token{}, e.errorf("gave the token of another identity, as older agents do; " +
 			"unset AZURE_CLIENT_ID")
 	}
-	if isDebug(s.getenv) {
-		log.Printf("debug: token from %s at %s, expires %s, next refresh %s", s.name, s.url.Host,
+	if e.debug {
+		log.Printf("debug: token from %s at %s, expires %s, next refresh %s", e.name, e.url.Host,
 			t.expires.Format(time.RFC3339), t.refresh.Format(time.RFC3339))
 	}
 	return t, nil
 }
 
 // do sends one request and reads its answer.
-func (s *source) do(ctx context.Context, req *http.Request) (*http.Response, []byte, *tokenError) {
+func (e *endpoint) do(ctx context.Context, req *http.Request) (*http.Response, []byte, error) {
+	resp, err := e.transport.RoundTrip(req.WithContext(ctx))
 	var body []byte
-	resp, err := s.transport.RoundTrip(req.WithContext(ctx))
 	if err == nil {
 		defer resp.Body.Close()
 		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	}
-	if err == nil {
-		return resp, body, nil
+	if err != nil {
+		_, reason := explainFailure(err)
+		failed := e.errorf("gave no answer: %s", reason)
+		failed.hint, failed.retry = e.noAnswerHint, true
+		return nil, nil, failed
 	}
-	failure := s.errorf("gave no answer: %s", cause(err))
-	failure.transient = true
-	if s.name == "IMDS" {
-		failure.hint = "only Azure hosts have it"
-	}
-	return nil, nil, failure
+	return resp, body, nil
 }
 
-// cause says why a round trip failed. It tells of err only what is of a known type, and nothing else
-// of its text: net/http quotes the bytes of what is no HTTP answer, and a token may be among them.
-func cause(err error) string {
-	var (
-		dns         *net.DNSError
-		certificate *tls.CertificateVerificationError
-		noTLS       tls.RecordHeaderError
-		status      statusError
-		op          *net.OpError
-		timeout     net.Error
-	)
-	switch {
-	case errors.As(err, &dns):
-		return dns.Name + ": " + dns.Err
-	case errors.As(err, &certificate):
-		return certificate.Err.Error()
-	case errors.As(err, &noTLS):
-		return "the answer is not TLS"
-	case errors.As(err, &status):
-		return status.Error()
-	case errors.As(err, &op):
-		return systemError(op)
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return "timed out"
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), err.Error() == closedIdle:
-		return "the connection ended"
-	case errors.Is(err, context.Canceled):
-		return "cancelled"
-	}
-	return "the answer is not HTTP"
-}
-
-// closedIdle is the whole text of an error of net/http that has no exported type or value.
-const closedIdle = "http: server closed idle connection"
-
-// systemError is the address and the reason of a failed network operation.
-func systemError(op *net.OpError) string {
-	var inner *net.OpError
-	if errors.As(op.Err, &inner) { // of a dial to HTTPS_PROXY, within an operation "proxyconnect"
-		return op.Op + ": " + systemError(inner)
-	}
-	text := op.Op + " " + op.Net
-	if op.Addr != nil {
-		text += " " + op.Addr.String()
-	}
-	var errno syscall.Errno
-	switch {
-	case errors.As(op.Err, &errno):
-		return text + ": " + errno.Error()
-	case op.Timeout():
-		return text + ": timed out"
-	case op.Op == "remote error", op.Op == "local error": // a TLS alert, whose texts are crypto/tls's
-		return op.Op + ": " + op.Err.Error()
-	}
-	return text + ": failed"
-}
-
-// statusError is an HTTP status that ends a round trip.
-type statusError struct {
-	what string // "HTTPS_PROXY answered"
-	code int
-}
-
-func (e statusError) Error() string { return e.what + " " + statusText(e.code) }
-
-// statusText is a status for the log: its code with Go's own text for it, never the peer's.
-func statusText(code int) string {
-	return strings.TrimSpace(strconv.Itoa(code) + " " + http.StatusText(code))
-}
-
-// refusal is the error for an answer other than 200, in the endpoint's own words.
-func (s *source) refusal(resp *http.Response, body []byte) *tokenError {
-	status := resp.StatusCode
-	if status < 300 {
+// refusal is the error for an answer other than 200, in the endpoint's words.
+func (e *endpoint) refusal(resp *http.Response, body []byte) *fetchError {
+	if resp.StatusCode < 300 {
 		body = nil // it may hold a token
 	}
-	e := s.errorf("answered %d: %s", status, words(body))
-	e.retryAfter = retryAfter(resp.Header, s.now())
-	// IMDS answers 404 or 410 for up to 70 s while it is being updated.
-	updating := s.name == "IMDS" && (status == http.StatusNotFound || status == http.StatusGone)
-	e.transient = updating || status == http.StatusRequestTimeout ||
-		status == http.StatusTooManyRequests || status >= 500
-	for _, h := range hints {
-		if strings.Contains(e.text, h.text) {
-			e.hint = h.hint
+	failed := e.errorf("answered %d: %s", resp.StatusCode, body)
+	failed.retry = e.shouldRetry(resp.StatusCode)
+	failed.retryAfter = retryAfter(resp.Header, e.now())
+	for _, h := range refusalHints {
+		if strings.Contains(failed.text, h.text) {
+			failed.hint = h.hint
 		}
 	}
-	return e
+	return failed
 }
 
-// hints are what to do about the usual refusals.
-var hints = []struct{ text, hint string }{
+// shouldRetry tells whether a status may be another one in a moment.
+func (e *endpoint) shouldRetry(status int) bool {
+	switch {
+	case status == http.StatusRequestTimeout, status == http.StatusTooManyRequests:
+		return true
+	case status >= 500:
+		return true
+	}
+	return slices.Contains(e.alsoRetried, status)
+}
+
+// refusalHints are what to do about the usual refusals.
+var refusalHints = []struct{ text, hint string }{
 	{"Identity not found", "assign a managed identity to this host, or correct AZURE_CLIENT_ID"},
 	{"Multiple user assigned", "set AZURE_CLIENT_ID to the client id of one of them"},
 	{"unreachable network", "this is not an Azure host"}, // Docker Desktop's 403
@@ -638,133 +739,8 @@ var hints = []struct{ text, hint string }{
 	{"AADSTS500011", "correct AZURE_OPENAI_SCOPE"},
 }
 
-// errorf makes an error that names who was asked for which identity, in one line.
-func (s *source) errorf(format string, args ...any) *tokenError {
-	text := s.secrets.safe(fmt.Sprintf(format, args...), maxPiece)
-	text = s.name + " at " + s.url.Host + " " + strings.TrimSpace(text)
-	if s.clientID != "" {
-		text += " (client_id " + s.clientID + ", from " + s.clientIDFrom + ")"
-	}
-	return &tokenError{text: text}
-}
-
-// words is what an endpoint says about its refusal: its JSON's error and error_description, message
-// or error.message, or else all of it.
-func words(body []byte) string {
-	var a struct {
-		Error       any
-		Description string `json:"error_description"`
-		Message     any
-	}
-	if json.Unmarshal(body, &a) != nil {
-		return string(body)
-	}
-	if e, ok := a.Error.(map[string]any); ok {
-		a.Error, a.Message = e["code"], e["message"]
-	}
-	var said []string
-	for _, part := range []any{a.Error, a.Description, a.Message} {
-		if text := fmt.Sprint(part); part != nil && text != "" {
-			said = append(said, text)
-		}
-	}
-	return strings.Join(said, ": ")
-}
-
-// How much is shown, in bytes.
-const (
-	maxPiece = 500  // of one text from outside
-	maxLine  = 4000 // of a line, which may hold several
-)
-
-// secrets are what this program must not tell: the key of its clients, what proves it to the identity
-// endpoint, and the token.
-type secrets struct {
-	mu     sync.RWMutex // protects values
-	values []secret     // one of a kind, longest first, as one may be part of another
-}
-
-type secret struct{ kind, value string }
-
-// hide makes value the secret of its kind.
-func (s *secrets) hide(kind, value string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.values = slices.DeleteFunc(s.values, func(other secret) bool { return other.kind == kind })
-	if value != "" {
-		s.values = append(s.values, secret{kind, value})
-	}
-	slices.SortFunc(s.values, func(a, b secret) int { return len(b.value) - len(a.value) })
-}
-
-// safe makes a text fit to be shown. Whatever comes from outside (from the upstream, the identity
-// endpoint or a client) passes here before it gets into the log, the output of -check or an answer.
-// The order matters: the text is cut last, as half of a secret would not be found.
-func (s *secrets) safe(text string, limit int) string {
-	text = printable(s.redact(text))
-	if len(text) <= limit {
-		return text
-	}
-	return strings.ToValidUTF8(text[:limit], "") + "…"
-}
-
-// How a secret is known that is not whole or not held, in bytes. Whoever repeats a token may have cut
-// it, and may repeat one that was replaced since; nothing else is a word so long.
-const (
-	secretStart = 16
-	longestWord = 100
-)
-
-// redact takes the secrets out of a text, and the words that may be part of one.
-func (s *secrets) redact(text string) string {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	for _, secret := range s.values {
-		text = strings.ReplaceAll(text, secret.value, "REDACTED")
-	}
-	mayBePart := func(word string) bool {
-		return len(word) > longestWord || slices.ContainsFunc(s.values, func(secret secret) bool {
-			return len(secret.value) > secretStart && strings.Contains(word, secret.value[:secretStart])
-		})
-	}
-	var out strings.Builder
-	done := 0 // bytes of text that are in out, or redacted
-	for start := 0; start < len(text); start++ {
-		end := start
-		for end < len(text) && isTokenByte[text[end]] {
-			end++
-		}
-		if mayBePart(text[start:end]) {
-			out.WriteString(text[done:start] + "REDACTED")
-			done = end
-		}
-		start = end
-	}
-	if done == 0 {
-		return text
-	}
-	return out.String() + text[done:]
-}
-
-// isTokenByte has the bytes of a token: those of base64url and of RFC 6750's b64token, less the slash.
-var isTokenByte = func() (set [256]bool) {
-	for _, c := range letters + digits + "-._~+=" {
-		set[c] = true
-	}
-	return set
-}()
-
-// printable is s with a space for whatever could forge a log line or hide in it.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if strconv.IsPrint(r) {
-			return r
-		}
-		return ' '
-	}, s)
-}
-
-// retryAfter reads a Retry-After header, which holds seconds or a date (RFC 9110 §10.2.3).
+// retryAfter reads a Retry-After header, which holds seconds or a date (RFC
+// 9110 §10.2.3).
 func retryAfter(h http.Header, now time.Time) time.Duration {
 	value := h.Get("Retry-After")
 	if wait, err := parseSeconds(value); err == nil {
@@ -776,39 +752,34 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 	return 0
 }
 
-// serverTime is the endpoint's own time where it differs from ours by more than the seconds that
-// rounding and the network explain: expires_on is told by the endpoint's clock.
-func serverTime(h http.Header, sent time.Time) time.Time {
-	if date, err := http.ParseTime(h.Get("Date")); err == nil && date.Sub(sent).Abs() > 5*time.Second {
-		return date
-	}
-	return sent
-}
-
 var errExpired = errors.New("it has expired already; is this host's clock right?")
 
-// parseToken reads a token answer that was asked for at sent, by our clock, which is base by the
-// endpoint's. It lives until expires_on or for expires_in, whichever ends earlier: IMDS counts
-// expires_in from the issue of a token that it hands out for hours. It is due for refresh after
-// refresh_in, else after 80 % of its life.
-func parseToken(body []byte, sent, base time.Time) (token, error) {
-	var a struct {
+// parseToken reads the answer to a request for a token, which was sent at the
+// time sent by our clock and endpointTime by the endpoint's. Its errors do not
+// quote the answer.
+func parseToken(body []byte, sent, endpointTime time.Time) (token, error) {
+	// The times come as numbers or as strings, depending on the endpoint.
+	var answer struct {
 		AccessToken string `json:"access_token"`
 		ExpiresOn   any    `json:"expires_on"`
 		ExpiresIn   any    `json:"expires_in"`
 		RefreshIn   any    `json:"refresh_in"`
 		ClientID    string `json:"client_id"`
 	}
-	if json.Unmarshal(body, &a) != nil { // its error may quote the body
+	if json.Unmarshal(body, &answer) != nil {
 		return token{}, errors.New("not the JSON object expected")
 	}
-	if a.AccessToken == "" {
+	if answer.AccessToken == "" {
 		return token{}, errors.New("access_token is missing")
 	}
-	if !isPrintableASCII(a.AccessToken) || strings.Contains(a.AccessToken, " ") {
+	if !isPrintableASCII(answer.AccessToken) || strings.Contains(answer.AccessToken, " ") {
 		return token{}, errors.New("access_token has bytes that a header cannot carry")
 	}
-	on, in := scalar(a.ExpiresOn), scalar(a.ExpiresIn)
+
+	// The token lives until expires_on, or for expires_in, whichever ends
+	// earlier. IMDS counts expires_in from the issue of a token that it may
+	// hand out for hours (Azure/azure-sdk-for-js#6643).
+	on, in := scalar(answer.ExpiresOn), scalar(answer.ExpiresIn)
 	if on == "" && in == "" {
 		return token{}, errors.New("expires_on and expires_in are missing")
 	}
@@ -825,24 +796,27 @@ func parseToken(body []byte, sent, base time.Time) (token, error) {
 		if err != nil {
 			return token{}, fmt.Errorf("expires_on: %w", err)
 		}
-		life = min(life, end.Sub(base))
+		life = min(life, end.Sub(endpointTime))
 	}
-	if life < time.Second { // which would be asked for again and again
+	if life < time.Second {
 		return token{}, errExpired
 	}
+
+	// It is due for refresh after refresh_in, or after 80 % of its life.
 	refresh := life / 5 * 4
-	if seconds, err := parseSeconds(scalar(a.RefreshIn)); err == nil && seconds > 0 {
+	if seconds, err := parseSeconds(scalar(answer.RefreshIn)); err == nil && seconds > 0 {
 		refresh = min(refresh, seconds)
 	}
 	return token{
-		authorization: "Bearer " + a.AccessToken,
-		clientID:      a.ClientID,
+		authorization: "Bearer " + answer.AccessToken,
+		clientID:      answer.ClientID,
 		expires:       sent.Add(life),
 		refresh:       sent.Add(max(refresh, time.Second)),
 	}, nil
 }
 
-// scalar is the text of a JSON string or number; of null or a missing field it is empty.
+// scalar is a JSON string or number as text, and empty for null or a missing
+// field.
 func scalar(value any) string {
 	if value == nil {
 		return ""
@@ -850,19 +824,10 @@ func scalar(value any) string {
 	return strings.TrimSpace(fmt.Sprint(value))
 }
 
-// dateLayouts are the forms of expires_on beside epoch seconds, as seen from App Service.
-var dateLayouts = []string{
-	time.RFC3339,
-	"2006-01-02 15:04:05",
-	"1/2/2006 15:04:05",
-	"1/2/2006 15:04:05 -07:00",
-	"1/2/2006 3:04:05 PM -07:00",
-}
-
-// parseTime reads epoch seconds or one of dateLayouts.
+// parseTime reads seconds since the epoch, or a date in one of dateLayouts.
 func parseTime(text string) (time.Time, error) {
 	if sinceEpoch, err := parseSeconds(text); err == nil {
-		return time.Unix(0, int64(sinceEpoch)), nil
+		return time.Unix(0, 0).Add(sinceEpoch), nil
 	}
 	for _, layout := range dateLayouts {
 		if t, err := time.Parse(layout, text); err == nil {
@@ -872,11 +837,215 @@ func parseTime(text string) (time.Time, error) {
 	return time.Time{}, errors.New("not in a form known here")
 }
 
-// parseSeconds reads a number of seconds.
+// dateLayouts are the dates that have been seen as expires_on: from App
+// Service since 2024 (Azure/azure-sdk-for-net#46714), and from the protocol
+// of 2017 on Linux and on Windows. One without a zone is in UTC.
+var dateLayouts = []string{
+	time.RFC3339,
+	"2006-01-02 15:04:05",
+	"1/2/2006 15:04:05",
+	"1/2/2006 15:04:05 -07:00",
+	"1/2/2006 3:04:05 PM -07:00",
+}
+
+// parseSeconds reads a number of seconds. A Duration ends after 292 years, or
+// 9.2e9 seconds.
 func parseSeconds(text string) (time.Duration, error) {
 	seconds, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(seconds >= 0 && seconds < 9e9) { // NaN, or too long for a Duration
+	if err != nil || math.IsNaN(seconds) || seconds < 0 || seconds > 9e9 {
 		return 0, errors.New("not a number of seconds")
 	}
 	return time.Duration(seconds * float64(time.Second)), nil
 }
+
+// The steps of a round trip in which it may fail.
+const (
+	stepDNS         = "DNS lookup failed"
+	stepConnect     = "connection failed"
+	stepCertificate = "certificate not trusted"
+	stepExchange    = "connection broke"
+)
+
+// explainFailure says in which step a round trip failed, and why. It has words
+// for the types of error that it knows and shows no other error's text: that
+// of net/http quotes an answer that is not HTTP, and a token may be in there.
+func explainFailure(err error) (step, reason string) {
+	var (
+		dns         *net.DNSError
+		refused     proxyRefusal
+		certificate *tls.CertificateVerificationError
+		noTLS       tls.RecordHeaderError
+		operation   *net.OpError
+		timeout     net.Error
+	)
+	switch {
+	case errors.As(err, &dns):
+		return stepDNS, dns.Name + ": " + dns.Err
+	case errors.As(err, &refused):
+		return stepConnect, refused.Error()
+	case errors.As(err, &certificate):
+		return stepCertificate, certificate.Err.Error()
+	case errors.As(err, &noTLS):
+		return stepExchange, "the answer is not TLS"
+	case errors.As(err, &operation) && (operation.Op == "dial" || operation.Op == "proxyconnect"):
+		return stepConnect, operation.Error()
+	case errors.As(err, &operation): // a read or write, or an alert of TLS
+		return stepExchange, operation.Error()
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return stepExchange, "timed out"
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return stepExchange, "the connection ended"
+	case errors.Is(err, context.Canceled):
+		return stepExchange, "cancelled"
+	}
+	return stepExchange, "the connection ended, or the answer is not HTTP"
+}
+
+// proxyRefusal is the status other than 200 with which HTTPS_PROXY answered
+// to CONNECT.
+type proxyRefusal int
+
+func (status proxyRefusal) Error() string {
+	return "HTTPS_PROXY answered " + statusText(int(status))
+}
+
+// statusText is a status for the log, in Go's words and not in the peer's.
+func statusText(code int) string {
+	return strings.TrimSpace(strconv.Itoa(code) + " " + http.StatusText(code))
+}
+
+const (
+	maxPiece = 500  // bytes shown of one text from outside
+	maxLine  = 4000 // bytes of a line, which may hold several
+)
+
+// secrets are what the program must not show: the key of its clients, what it
+// proves its identity with, and the token.
+type secrets struct {
+	mu     sync.RWMutex // protects values
+	values []secret     // one of each kind, the longest first
+}
+
+type secret struct{ kind, value string }
+
+// hide makes value the secret of its kind, in the place of an earlier one. The
+// longest is first, so that it is redacted whole if another is a part of it.
+func (s *secrets) hide(kind, value string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.values = slices.DeleteFunc(s.values, func(v secret) bool { return v.kind == kind })
+	if value != "" {
+		s.values = append(s.values, secret{kind, value})
+	}
+	slices.SortFunc(s.values, func(a, b secret) int { return len(b.value) - len(a.value) })
+}
+
+// safe makes a text fit to be shown. Whatever comes from the upstream, the
+// identity endpoint or a client passes here before it gets into the log, the
+// output of -check or an answer. It is cut last, because redact could not find
+// the half of a secret that a cut leaves.
+func (s *secrets) safe(text string, limit int) string {
+	text = printable(s.redact(text))
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[:limit], "") + "…"
+}
+
+// A token may be repeated to us in part, or after it was replaced. So a word
+// of its characters is taken for a part of one if it begins like a secret, in
+// its first 16 bytes, or is longer than 100 bytes, which nothing else is.
+const (
+	secretStart = 16
+	longestWord = 100
+)
+
+// redact takes secrets, and words that may be a part of one, out of a text.
+func (s *secrets) redact(text string) string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, secret := range s.values {
+		text = strings.ReplaceAll(text, secret.value, "REDACTED")
+	}
+	var out strings.Builder
+	for text != "" {
+		// What is left of text begins with a word, which may be empty, and
+		// characters between it and the next one.
+		rest := strings.TrimLeftFunc(text, isTokenCharacter)
+		word := strings.TrimSuffix(text, rest)
+		text = strings.TrimLeftFunc(rest, func(r rune) bool { return !isTokenCharacter(r) })
+		between := strings.TrimSuffix(rest, text)
+		if s.mayBePart(word) {
+			word = "REDACTED"
+		}
+		out.WriteString(word)
+		out.WriteString(between)
+	}
+	return out.String()
+}
+
+// isTokenCharacter tells whether a token may have r: base64url, of which a JWT
+// is made, and RFC 6750's b64token. The slash is left out, as it separates
+// words in a path.
+func isTokenCharacter(r rune) bool {
+	switch {
+	case 'a' <= r && r <= 'z', 'A' <= r && r <= 'Z', '0' <= r && r <= '9':
+		return true
+	}
+	return strings.ContainsRune("-._~+=", r)
+}
+
+// mayBePart tells whether a word may be a part of a token. The caller holds
+// s.mu.
+func (s *secrets) mayBePart(word string) bool {
+	beginsLike := func(secret secret) bool {
+		start := secret.value[:min(secretStart, len(secret.value))]
+		return len(start) == secretStart && strings.Contains(word, start)
+	}
+	return len(word) > longestWord || slices.ContainsFunc(s.values, beginsLike)
+}
+
+// printable is s with a space in the place of whatever could forge a line of
+// the log, or hide in one.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if strconv.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
+}
+
+func isPrintableASCII(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}
+
+// hasHost tells whether a URL has a host and, if any, a port that exists.
+func hasHost(u *url.URL) bool {
+	return u.Hostname() != "" && (u.Port() == "" || isPort(u.Port()))
+}
+
+func isPort(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 16)
+	return err == nil
+}
+
+// isLoopback tells whether a host, without a port, is localhost or a loopback
+// address. Upper case and a final dot do not count (RFC 3986 §3.2.2, RFC 1034
+// §3.1).
+func isLoopback(host string) bool {
+	name := strings.ToLower(strings.TrimSuffix(host, "."))
+	return name == "localhost" || net.ParseIP(host).IsLoopback()
+}
+
+func isDebug(getenv func(string) string) bool {
+	return strings.EqualFold(getenv("AZURE_LOG_LEVEL"), "debug")
+}
+
+const (
+	letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	digits  = "0123456789"
+)
+
+// consistsOf tells whether s has characters of the set only, and at least one.
+func consistsOf(s, set string) bool { return s != "" && strings.Trim(s, set) == "" }

@@ -1,20 +1,24 @@
-// Aoai-proxy lets a client that only knows an api-key use an Azure OpenAI resource that accepts
-// nothing but Microsoft Entra ID tokens.
+// Aoai-proxy lets a client that only knows an api-key use an Azure OpenAI
+// resource that accepts nothing but Microsoft Entra ID tokens.
 //
-// A client talks plain HTTP to it. The proxy checks an optional shared secret, gets a token of the
-// host's managed identity, puts it in the place of the client's credentials, forwards the request
-// to TARGET_URL and streams the answer back as it arrives:
+// A client talks plain HTTP to it. The proxy checks an optional shared secret,
+// gets a token of the host's managed identity, puts it in the place of the
+// client's credentials, forwards the request to TARGET_URL and streams the
+// answer back as it arrives:
 //
 //	TARGET_URL=https://my-aoai.openai.azure.com/openai/ aoai-proxy
 //	curl localhost:8081/v1/chat/completions -H 'Content-Type: application/json' -d …
 //
-// It is set up by environment variables, or by a .env file in the working directory for those
-// settings that the environment leaves out; aoai-proxy -h lists them. It writes no file, starts no
-// process and speaks to two places only, by way of DNS and HTTPS_PROXY: the identity endpoint and
-// TARGET_URL's host.
+// Its inputs are environment variables, which the tables below list and
+// aoai-proxy -h prints; a .env file in the working directory, for settings that
+// the environment leaves out; and the token or key file of the platform, where
+// that has one. Its outputs are the log on stderr and answers to clients. It
+// writes no file, starts no process and sends to two places only, the identity
+// endpoint and TARGET_URL's host, the latter by way of HTTPS_PROXY where that
+// is set.
 //
-// main.go is configuration, start and stop; imds.go is how a token is had and kept; forward.go is
-// how a request goes to the upstream and its answer comes back.
+// There are three files: main.go has the inputs, the start, the stop and
+// -check; imds.go gets tokens and keeps them; forward.go forwards requests.
 package main
 
 import (
@@ -29,92 +33,111 @@ import (
 	"log"
 	"net"
 	"net/http"
-	"net/http/httptrace"
 	"net/url"
 	"os"
 	"os/signal"
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-const usage = `usage: aoai-proxy [-check | -version]
+// variable is an environment variable that the program reads.
+type variable struct {
+	name  string
+	help  string             // for -h
+	check func(string) error // refuses a value; nil accepts all
+}
 
--check    try the settings, the identity and the upstream, and say what is wrong
--version  print the version
+// settings are the operator's. They may be in a .env file too.
+var settings = []variable{
+	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
+		"https://my-aoai.openai.azure.com/openai/", checkTarget},
+	{"PORT", "port to listen on, 0 for any free one; 8081 by default", checkPort},
+	{"HOST", "address to listen on; loopback only by default, and every\n" +
+		"interface with EXPECTED_KEY", nil},
+	{"EXPECTED_KEY", "shared secret that clients must present; none by default", checkHeaderValue},
+	{"AZURE_OPENAI_SCOPE", "token scope; by default\n" +
+		"https://cognitiveservices.azure.com/.default, or its .us or .cn\n" +
+		"form if TARGET_URL has such a host", checkScope},
+	{"AZURE_CLIENT_ID", "client id of a user-assigned identity; the system-assigned\n" +
+		"one by default", checkHeaderValue},
+	{"AZURE_LOG_LEVEL", "debug adds a line per token fetch and per probe", nil},
+}
 
-Settings, from the environment or a .env file in the working directory:
+// platformVariables are set by the platform, or by who runs the host. They are
+// read from the environment alone, because they say who is trusted with a
+// token, and a .env file may have come with somebody's repository.
+var platformVariables = []variable{
+	{"IDENTITY_ENDPOINT", "set by App Service, Functions, Container Apps, Automation,\n" +
+		"Azure Arc and Service Fabric", nil},
+	{"IDENTITY_HEADER", "by the same but Azure Arc, and by Container Instances", checkHeaderValue},
+	{"IDENTITY_SERVER_THUMBPRINT", "by Service Fabric and Container Instances", nil},
+	{"IMDS_ENDPOINT", "by Azure Arc", nil},
+	{"MSI_ENDPOINT", "by Azure Machine Learning and Cloud Shell", nil},
+	{"MSI_SECRET", "by Azure Machine Learning", checkHeaderValue},
+	{"DEFAULT_IDENTITY_CLIENT_ID", "by Azure Machine Learning", checkHeaderValue},
+	{"AZURE_FEDERATED_TOKEN_FILE", "by AKS workload identity", nil},
+	{"AZURE_TENANT_ID", "by AKS workload identity", nil},
+	{"AZURE_AUTHORITY_HOST", "by AKS workload identity", nil},
+	{"AZURE_POD_IDENTITY_AUTHORITY_HOST", "by the operator of a relay to IMDS;\n" +
+		"http://169.254.169.254 by default", nil},
+	{"ProgramFiles", "by Windows; Azure Arc's agent is there", nil},
+	{"ProgramData", "by Windows; the agent's keys are there", nil},
+	{"HTTPS_PROXY", "by the operator; proxy to the upstream, and to Entra ID", nil},
+	{"https_proxy", "the same", nil},
+	{"NO_PROXY", "by the operator; hosts that need no proxy", nil},
+	{"no_proxy", "the same", nil},
+	{"SSL_CERT_FILE", "by the operator; file of certificate authorities", nil},
+	{"SSL_CERT_DIR", "by the operator; directories of them", nil},
+	{"GODEBUG", "by the operator; settings of the Go library", nil},
+}
 
-TARGET_URL           required; base URL of the resource, /openai/ included:
-                     https://my-aoai.openai.azure.com/openai/
-PORT                 port to listen on, 0 for any free one (8081)
-HOST                 address to listen on (without EXPECTED_KEY loopback only,
-                     with it every interface)
-EXPECTED_KEY         shared secret that clients must present (none)
-AZURE_OPENAI_SCOPE   token scope (https://cognitiveservices.azure.com/.default,
-                     or its .us or .cn form for such a host)
-AZURE_CLIENT_ID      client id of a user-assigned identity (system-assigned one)
-AZURE_LOG_LEVEL      debug adds a line per token fetch and per probe (none)
+// tlsDefaults are what a program for today's Go does by default. "go 1.22" in
+// go.mod, without which Go 1.22 could not build this one, makes a newer Go keep
+// to the defaults of 2024. An older Go ignores what it does not know. All of
+// them are described in "Go, Backwards Compatibility, and GODEBUG".
+var tlsDefaults = []string{
+	"tls3des=0",                     // offer no 3DES
+	"tlssha1=0",                     // accept no SHA-1 signature in a handshake
+	"tlsmlkem=1",                    // offer the post-quantum key exchange X25519MLKEM768
+	"tlssecpmlkem=1",                // and those with P-256 and P-384
+	"rsa1024min=1",                  // accept no RSA key of less than 1024 bits
+	"x509negativeserial=0",          // accept no certificate with a negative serial number
+	"x509sslcertoverrideplatform=1", // heed SSL_CERT_FILE on Windows and macOS too
+}
 
-From the environment alone, as they say who is trusted with a token:
-
-IDENTITY_ENDPOINT    token endpoint and its secret, set by App Service,
-IDENTITY_HEADER      Functions and Container Apps (IMDS)
-AZURE_POD_IDENTITY_AUTHORITY_HOST
-                     where IMDS is (http://169.254.169.254)
-HTTPS_PROXY, NO_PROXY
-                     proxy to the upstream, and to Entra ID; its exceptions
-SSL_CERT_FILE, SSL_CERT_DIR
-                     certificate authorities
-GODEBUG              settings of the Go library, TLS among them
-and what other platforms set: AZURE_FEDERATED_TOKEN_FILE, AZURE_TENANT_ID,
-AZURE_AUTHORITY_HOST, IMDS_ENDPOINT, MSI_ENDPOINT, MSI_SECRET,
-DEFAULT_IDENTITY_CLIENT_ID, IDENTITY_SERVER_THUMBPRINT
-`
-
-// settings are the variables that a .env file may set.
-var settings = strings.Fields(`TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID
-	AZURE_LOG_LEVEL`)
-
-// environmentOnly are the variables that it may not, although the program or the Go library reads
-// them: a .env file that came with somebody's repository would get the token with them.
-var environmentOnly = strings.Fields(`HTTPS_PROXY NO_PROXY https_proxy no_proxy
-	SSL_CERT_FILE SSL_CERT_DIR GODEBUG IDENTITY_ENDPOINT IDENTITY_HEADER IDENTITY_SERVER_THUMBPRINT
-	IMDS_ENDPOINT MSI_ENDPOINT MSI_SECRET DEFAULT_IDENTITY_CLIENT_ID AZURE_FEDERATED_TOKEN_FILE
-	AZURE_TENANT_ID AZURE_AUTHORITY_HOST AZURE_POD_IDENTITY_AUTHORITY_HOST`)
-
-// tlsDefaults are today's defaults of TLS and certificates. The line "go 1.22" in go.mod lets Go
-// 1.22 build the program, but makes a newer toolchain fall back to the defaults of 2024, which
-// offer 3DES and SHA-1, accept RSA keys below 1024 bits and leave out post-quantum key exchange.
-const tlsDefaults = "tls3des=0,tlssha1=0,tlsmlkem=1,tlssecpmlkem=1,rsa1024min=1," +
-	"x509negativeserial=0,x509usepolicies=1,x509rsacrt=1,x509sslcertoverrideplatform=1"
-
-// init runs before TLS is first used. What the operator set in GODEBUG comes last and so wins.
+// init runs before TLS is first used, when these settings are read. What the
+// operator has put into GODEBUG stands last, and the last one counts.
 func init() {
-	os.Setenv("GODEBUG", strings.TrimSuffix(tlsDefaults+","+os.Getenv("GODEBUG"), ","))
+	all := tlsDefaults
+	if own := os.Getenv("GODEBUG"); own != "" {
+		all = append(slices.Clone(all), own)
+	}
+	os.Setenv("GODEBUG", strings.Join(all, ","))
 }
 
 func main() {
 	if err := run(os.Args[1:], os.Stdout); err != nil {
+		// No secret is known here, but what looks like a token is redacted.
 		fmt.Fprintln(os.Stderr, "aoai-proxy:", (&secrets{}).safe(err.Error(), maxLine))
 		os.Exit(1)
 	}
 }
 
-// run is the program but for its exit status.
+// run is the whole program. Its error is what ends it with status 1.
 func run(args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("aoai-proxy", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // one line, by main, instead of the usage text
+	flags.SetOutput(io.Discard) // main prints the error, in one line
 	checkOnly := flags.Bool("check", false, "")
 	showVersion := flags.Bool("version", false, "")
-	switch err := flags.Parse(args); {
+	err := flags.Parse(args)
+	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, usage)
+		printUsage(stdout)
 		return nil
 	case err != nil:
 		return fmt.Errorf("%w; aoai-proxy -h shows the usage", err)
@@ -125,26 +148,18 @@ func run(args []string, stdout io.Writer) error {
 		return nil
 	}
 
-	// Without this, writing to a stderr that nobody reads any more would end the program.
+	// A signal would end the program if it wrote to a stderr that nobody reads
+	// any more.
 	signal.Ignore(syscall.SIGPIPE)
 
-	file, err := readDotEnv(".env")
+	file, err := readDotEnv(".env", os.Getenv)
 	if err != nil {
 		return err
 	}
-	getenv := func(name string) string {
-		if value := os.Getenv(name); strings.TrimSpace(value) != "" || !slices.Contains(settings, name) {
-			return value
-		}
-		return file.values[name]
-	}
+	cfg, err := loadConfig(file.getenv)
 	if *checkOnly {
-		for _, line := range file.report(os.Getenv) {
-			fmt.Fprintln(stdout, "ok    .env:", line)
-		}
-		return check(getenv, stdout)
+		return check(cfg, err, file.report(), stdout)
 	}
-	cfg, err := loadConfig(getenv)
 	if err != nil && len(file.refused) > 0 {
 		return fmt.Errorf("%w (%s)", err, file.refusal())
 	}
@@ -156,16 +171,45 @@ func run(args []string, stdout io.Writer) error {
 		return err
 	}
 	log.SetOutput(logWriter{cfg.secrets, log.Writer()})
-	for _, line := range file.report(os.Getenv) {
+	for _, line := range file.report() {
 		log.Print(line)
 	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	return newProxy(cfg).serve(listeners, signals)
+	return newService(cfg).serve(listeners, signals)
 }
 
-// logWriter is where the log goes. The parts of a line that come from outside are safe already, but
-// net/http logs, too: what an upstream sends after its answer, for one, as it came.
+func printUsage(out io.Writer) {
+	fmt.Fprint(out, "usage: aoai-proxy [-check | -version]\n\n"+
+		"-check    try the settings, the identity and the upstream, and say what is wrong\n"+
+		"-version  print the version\n\n"+
+		"Settings, from the environment or a .env file in the working directory:\n\n")
+	printVariables(out, settings)
+	fmt.Fprint(out, "\nFrom the environment alone, as they say who is trusted with a token:\n\n")
+	printVariables(out, platformVariables)
+}
+
+func printVariables(out io.Writer, variables []variable) {
+	const indent = "\n        "
+	for _, v := range variables {
+		fmt.Fprintln(out, v.name+indent+strings.ReplaceAll(v.help, "\n", indent))
+	}
+}
+
+// version is what the Go toolchain has stamped into the binary.
+func version() string {
+	text := "aoai-proxy"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		// Go 1.24 and newer make a version of the commit. There is none if Go
+		// was given a list of files.
+		text += " " + cmp.Or(info.Main.Version, "(devel)")
+	}
+	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
+}
+
+// logWriter is where the log goes. What the program itself says of the outside
+// is safe before it gets here, but net/http logs too: the bytes that an
+// upstream sends after its answer, for one.
 type logWriter struct {
 	*secrets
 	out io.Writer
@@ -179,278 +223,289 @@ func (w logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// version is what the Go toolchain stamped into the binary.
-func version() string {
-	text := "aoai-proxy"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		// Since Go 1.24 with the commit, and +dirty; empty for go run with a list of files.
-		text += " " + cmp.Or(info.Main.Version, "(devel)")
-	}
-	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
+// environment is the environment, with what a .env file adds to it.
+type environment struct {
+	getenv  func(string) string
+	hasFile bool
+	taken   []string // settings whose value is the file's
+	refused []string // platformVariables that are in the file
 }
 
-// dotEnv is what a .env file holds.
-type dotEnv struct {
-	exists  bool
-	values  map[string]string // of settings
-	refused []string          // those of environmentOnly that are in it
-}
-
-// report says in lines for the log what is taken of the file and what is not. It shows no values.
-func (d dotEnv) report(getenv func(string) string) []string {
-	if !d.exists {
-		return nil
+// report says, in lines for the log, what was taken from the file and what was
+// not. It shows no values.
+func (e *environment) report() (lines []string) {
+	if e.hasFile {
+		lines = append(lines, "read .env in the working directory for what the environment "+
+			"leaves out: "+cmp.Or(strings.Join(e.taken, ", "), "nothing"))
 	}
-	var taken []string
-	for _, name := range settings {
-		if strings.TrimSpace(d.values[name]) != "" && strings.TrimSpace(getenv(name)) == "" {
-			taken = append(taken, name)
-		}
-	}
-	lines := []string{"read .env in the working directory for what the environment leaves out: " +
-		cmp.Or(strings.Join(taken, ", "), "nothing")}
-	if len(d.refused) > 0 {
-		lines = append(lines, d.refusal())
+	if len(e.refused) > 0 {
+		lines = append(lines, e.refusal())
 	}
 	return lines
 }
 
-// refusal names what is not taken.
-func (d dotEnv) refusal() string {
-	return "not taken from .env, as it must come from the environment: " + strings.Join(d.refused, ", ")
+func (e *environment) refusal() string {
+	return "not taken from .env, as it must come from the environment: " +
+		strings.Join(e.refused, ", ")
 }
 
-// readDotEnv reads the file, if there is one. A directory of this name is a Python environment, and a
-// device has no end.
-func readDotEnv(file string) (dotEnv, error) {
-	info, err := os.Stat(file)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && info.Mode()&(fs.ModeDir|fs.ModeDevice) != 0 {
-		return dotEnv{}, nil
+// readDotEnv reads the file, if there is one, for the settings that getenv
+// leaves out. An empty variable counts as left out.
+func readDotEnv(name string, getenv func(string) string) (*environment, error) {
+	e := &environment{getenv: getenv}
+	info, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return e, nil
 	}
-	text, err := os.ReadFile(file)
+	if err == nil && (info.IsDir() || info.Mode()&fs.ModeDevice != 0) {
+		return e, nil // Python's environments are such directories; a device has no end
+	}
+	text, err := os.ReadFile(name)
 	if err != nil {
-		return dotEnv{}, fmt.Errorf("reading %s: %w", file, errors.Unwrap(err))
+		return nil, fmt.Errorf("reading %s: %w", name, errors.Unwrap(err)) // its cause alone
 	}
-	d, err := parseDotEnv(string(text))
+	values, err := parseDotEnv(string(text))
 	if err != nil {
-		return dotEnv{}, fmt.Errorf("%s %w", file, err)
+		return nil, fmt.Errorf("%s %w", name, err)
 	}
-	return d, nil
+
+	e.hasFile = true
+	isSet := func(v variable) bool { return strings.TrimSpace(getenv(v.name)) != "" }
+	for _, v := range settings {
+		if !isSet(v) && values[v.name] != "" {
+			e.taken = append(e.taken, v.name)
+		}
+	}
+	for _, v := range platformVariables {
+		if _, ok := values[v.name]; ok {
+			e.refused = append(e.refused, v.name)
+		}
+	}
+	e.getenv = func(name string) string {
+		if slices.Contains(e.taken, name) {
+			return values[name]
+		}
+		return getenv(name)
+	}
+	return e, nil
 }
 
-// parseDotEnv reads the lines that set one of our settings; other programs may have theirs in the
-// same file, in forms of their own. Its errors name the line and never show it: it may hold a secret.
-func parseDotEnv(text string) (dotEnv, error) {
-	d := dotEnv{exists: true, values: make(map[string]string)}
-	// A byte order mark of UTF-16, or NUL bytes, of which UTF-16 without one is full.
+// parseDotEnv reads the lines that set a variable of ours. Others are skipped,
+// since other programs may have theirs in the same file, in forms of their own.
+// Its errors name a line and do not show it, as it may hold a secret.
+func parseDotEnv(text string) (map[string]string, error) {
+	// UTF-16 begins with a byte order mark, and without one is full of NULs.
 	if strings.HasPrefix(text, "\xff\xfe") || strings.HasPrefix(text, "\xfe\xff") ||
 		strings.Contains(text, "\x00") {
-		return dotEnv{}, errors.New("is not UTF-8 text; save it as UTF-8 " +
+		return nil, errors.New("is not UTF-8 text; save it as UTF-8 " +
 			"(in Windows PowerShell with Set-Content -Encoding utf8, not >)")
 	}
-	for i, line := range strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n") {
+	text = strings.TrimPrefix(text, "\ufeff") // the byte order mark of UTF-8
+	values := make(map[string]string)
+	for i, line := range strings.Split(text, "\n") {
 		line = strings.TrimSpace(line)
 		if words := strings.Fields(line); len(words) > 1 && words[0] == "export" {
 			line = strings.TrimSpace(strings.TrimPrefix(line, "export"))
 		}
 		rest := strings.TrimLeft(line, letters+digits+"_-.")
-		name := line[:len(line)-len(rest)]
-		if slices.Contains(environmentOnly, name) && !slices.Contains(d.refused, name) {
-			d.refused = append(d.refused, name)
-		}
-		if !slices.Contains(settings, name) {
-			continue
-		}
+		name := strings.TrimSuffix(line, rest)
 		value, ok := parseDotEnvValue(rest)
-		if !ok {
-			return dotEnv{}, fmt.Errorf(`line %d: want NAME=value or NAME="value"`, i+1)
+		isNamed := func(v variable) bool { return v.name == name }
+		switch {
+		case slices.ContainsFunc(platformVariables, isNamed):
+			values[name] = "" // it is not taken
+		case !slices.ContainsFunc(settings, isNamed):
+		case !ok:
+			return nil, fmt.Errorf(`line %d: want NAME=value or NAME="value"`, i+1)
+		default:
+			values[name] = value
 		}
-		d.values[name] = value
 	}
-	return d, nil
+	return values, nil
 }
 
-// parseDotEnvValue reads =value. The value is in single or double quotes, or bare up to a comment;
-// there are no escapes and no expansions.
+// parseDotEnvValue reads what follows a name: = and a value, in single or
+// double quotes or bare, and a comment. There are no escapes and no expansion.
 func parseDotEnvValue(text string) (value string, ok bool) {
-	value, ok = strings.CutPrefix(strings.TrimSpace(text), "=")
-	if quoted := strings.TrimSpace(value); quoted != "" && (quoted[0] == '"' || quoted[0] == '\'') {
-		value, rest, closed := strings.Cut(quoted[1:], quoted[:1])
-		rest = strings.TrimSpace(rest)
-		return value, ok && closed && (rest == "" || rest[0] == '#')
+	text, ok = strings.CutPrefix(strings.TrimSpace(text), "=")
+	if !ok {
+		return "", false
 	}
-	value, _, _ = strings.Cut(strings.ReplaceAll(value, "\t#", " #"), " #")
-	return strings.TrimSpace(value), ok
+	quoted := strings.TrimSpace(text)
+	if strings.HasPrefix(quoted, `"`) || strings.HasPrefix(quoted, "'") {
+		quote := quoted[:1]
+		value, rest, closed := strings.Cut(quoted[1:], quote)
+		rest = strings.TrimSpace(rest)
+		return value, closed && (rest == "" || strings.HasPrefix(rest, "#"))
+	}
+	// In a bare value a # begins a comment only after a space or a tab.
+	text = strings.ReplaceAll(text, "\t#", " #")
+	value, _, _ = strings.Cut(text, " #")
+	return strings.TrimSpace(value), true
 }
-
-const (
-	letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-	digits  = "0123456789"
-)
-
-// consistsOf tells whether s has characters of the set only, and at least one.
-func consistsOf(s, set string) bool { return s != "" && strings.Trim(s, set) == "" }
 
 // config is the settings, checked.
 type config struct {
-	target *url.URL // "https://my-aoai.openai.azure.com/openai/"
-	host   string   // "127.0.0.1"; empty for the default
-	port   string   // "8081"
-	key    string   // EXPECTED_KEY; empty for none
-	scope  string   // "https://cognitiveservices.azure.com/.default"
-	debug  bool     // AZURE_LOG_LEVEL=debug
-	source *source
-
-	secrets *secrets // of the settings, the source and its tokens
+	target   *url.URL // "https://my-aoai.openai.azure.com/openai/"
+	host     string   // HOST: "127.0.0.1"; empty if it is not set
+	port     string   // PORT: "8081"
+	hosts    []string // where to listen: "127.0.0.1" and "::1"; "" is every interface
+	key      string   // EXPECTED_KEY; empty for none
+	scope    string   // "https://cognitiveservices.azure.com/.default"
+	debug    bool     // AZURE_LOG_LEVEL=debug
+	endpoint *endpoint
+	secrets  *secrets // of the settings, and later the token
 }
 
-// loadConfig reads the settings; white space around one doesn't count. Its error names the
-// variable, what is wrong with it and what a right value looks like.
+// loadConfig reads the variables. White space around a value does not count.
+// Its error names the variable, and says what a right value looks like.
 func loadConfig(getenv func(string) string) (*config, error) {
-	get := func(name string) string { return strings.TrimSpace(getenv(name)) }
+	values := make(map[string]string)
+	for _, v := range slices.Concat(settings, platformVariables) {
+		value := strings.TrimSpace(getenv(v.name))
+		if v.check != nil {
+			if err := v.check(value); err != nil {
+				return nil, fmt.Errorf("%s: %w", v.name, err)
+			}
+		}
+		values[v.name] = value
+	}
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
+		// The Go library does not trim it.
+		if err := checkProxy(getenv(name)); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+
+	get := func(name string) string { return values[name] }
 	target, err := parseTarget(get("TARGET_URL"))
 	if err != nil {
 		return nil, err
 	}
 	cfg := &config{
-		target: target,
-		host:   strings.Trim(get("HOST"), "[]"),
-		port:   cmp.Or(get("PORT"), "8081"),
-		key:    get("EXPECTED_KEY"),
-		scope:  cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
-		debug:  isDebug(get),
-
+		target:  target,
+		host:    strings.Trim(get("HOST"), "[]"), // as ::1 is written in a URL
+		port:    cmp.Or(get("PORT"), "8081"),
+		key:     get("EXPECTED_KEY"),
+		scope:   cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
+		debug:   isDebug(get),
 		secrets: &secrets{},
 	}
+	cfg.hosts = listenHosts(cfg.host, cfg.key)
 	cfg.secrets.hide("key", cfg.key)
-	if !isPort(cfg.port) {
-		return nil, fmt.Errorf("PORT: want a number from 0 to 65535 such as 8081, got %q", cfg.port)
-	}
-	for _, name := range []string{"EXPECTED_KEY", "AZURE_CLIENT_ID", "IDENTITY_HEADER", "MSI_SECRET"} {
-		if !isPrintableASCII(get(name)) {
-			return nil, fmt.Errorf("%s: has characters that a header cannot carry; want printable ASCII",
-				name)
-		}
-	}
-	if !isPrintableASCII(cfg.scope) || strings.Contains(cfg.scope, " ") {
-		return nil, fmt.Errorf("AZURE_OPENAI_SCOPE: want a scope such as "+
-			"https://cognitiveservices.azure.com/.default, got %q", cfg.scope)
-	}
-	if err := checkProxy(getenv); err != nil {
-		return nil, err
-	}
-	cfg.source, err = newSource(get, cfg.scope, cfg.secrets)
+	cfg.endpoint, err = newEndpoint(get, cfg.scope, arcFilesHere(get), cfg.secrets)
 	return cfg, err
 }
 
-// checkProxy refuses a HTTPS_PROXY that cannot be read. The Go library would ignore it and send the
-// token directly. HTTP_PROXY is never used, see proxyTo.
-func checkProxy(getenv func(string) string) error {
-	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
-		raw := getenv(name) // as it is: the Go library does not trim it
-		if raw != "" && !strings.Contains(raw, "://") {
-			raw = "http://" + raw
-		}
-		u, err := url.Parse(raw)
-		schemes := []string{"http", "https", "socks5", "socks5h"}
-		if raw != "" && (err != nil || !hasHost(u) || !slices.Contains(schemes, u.Scheme) ||
-			strings.Trim(u.Path+u.RawQuery+u.Fragment, "/") != "") { // of a password, mostly
-			return fmt.Errorf("%s: not a URL of a proxy; want one such as http://proxy.example:3128 or "+
-				"http://USER:PASSWORD@proxy.example:3128, with special characters in the password "+
-				"percent-encoded (%%25 for %%)", name)
-		}
-	}
-	return nil
+func checkTarget(value string) error {
+	_, err := parseTarget(value)
+	return err
 }
 
-// parseTarget checks TARGET_URL and supplies a missing final slash. Its errors show no more of the
-// URL than scheme and host, as there may be a key in the rest.
-func parseTarget(raw string) (*url.URL, error) {
+// parseTarget parses TARGET_URL, and supplies a final slash. Its errors show no
+// more of it than scheme and host, as there may be a key in the rest.
+func parseTarget(value string) (*url.URL, error) {
 	const want = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
-	u, err := url.Parse(strings.TrimSuffix(raw, "/") + "/")
+	if value == "" {
+		return nil, errors.New("not set; " + want)
+	}
+	u, err := url.Parse(strings.TrimSuffix(value, "/") + "/")
 	switch {
-	case raw == "":
-		return nil, errors.New("TARGET_URL: not set; " + want)
-	case err != nil || u.Scheme == "" || !hasHost(u) || strings.Contains(raw, " "):
-		return nil, errors.New("TARGET_URL: not a URL with https:// and a host; " + want)
+	case err != nil || u.Scheme == "" || !hasHost(u) || strings.Contains(value, " "):
+		return nil, errors.New("not a URL with https:// and a host; " + want)
 	case u.Scheme != "https" && u.Scheme != "http":
-		return nil, fmt.Errorf("TARGET_URL: is for %s; %s", u.Scheme, want)
+		return nil, fmt.Errorf("is for %s; %s", u.Scheme, want)
 	case u.Scheme == "http" && !isLoopback(u.Hostname()):
-		return nil, fmt.Errorf("TARGET_URL: http://%s would send the token over a network in the clear; "+
+		return nil, fmt.Errorf("http://%s would send the token over a network in the clear; "+
 			"want https, or http for localhost only", u.Host)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
-		return nil, errors.New("TARGET_URL: has a user name, a query or a fragment; " + want)
+		return nil, errors.New("has a user name, a query or a fragment; " + want)
 	case !isPlainPath(u.Path):
-		return nil, errors.New("TARGET_URL: has a . or .. in its path, or is escaped twice; " + want)
+		return nil, errors.New("has a . or .. in its path, or is escaped twice; " + want)
 	}
 	u.Host = strings.ToLower(u.Host)
 	return u, nil
 }
 
-// hasHost tells whether a URL has a host and, if any, a port that exists.
-func hasHost(u *url.URL) bool { return u.Hostname() != "" && isPort(cmp.Or(u.Port(), "0")) }
-
-func isPort(s string) bool {
-	_, err := strconv.ParseUint(s, 10, 16)
-	return err == nil
+func checkPort(value string) error {
+	if value != "" && !isPort(value) {
+		return fmt.Errorf("want a number from 0 to 65535 such as 8081, got %q", value)
+	}
+	return nil
 }
 
-// isLoopback tells whether a host without a port is localhost or a loopback literal, exactly. Names
-// count in any case (RFC 3986 §3.2.2), and a final dot is part of none.
-func isLoopback(host string) bool {
-	return strings.ToLower(strings.TrimSuffix(host, ".")) == "localhost" ||
-		net.ParseIP(host).IsLoopback()
+func checkHeaderValue(value string) error {
+	if !isPrintableASCII(value) {
+		return errors.New("has characters that a header cannot carry; want printable ASCII")
+	}
+	return nil
 }
 
-func isDebug(getenv func(string) string) bool {
-	return strings.EqualFold(getenv("AZURE_LOG_LEVEL"), "debug")
+func checkScope(value string) error {
+	if !isPrintableASCII(value) || strings.Contains(value, " ") {
+		return fmt.Errorf("want a scope such as https://cognitiveservices.azure.com/.default, got %q",
+			value)
+	}
+	return nil
 }
 
-func isPrintableASCII(s string) bool {
-	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+// checkProxy refuses a HTTPS_PROXY that cannot be read. The Go library would
+// ignore some of these and go without a proxy. Most come from a password.
+func checkProxy(value string) error {
+	if value == "" {
+		return nil
+	}
+	if !strings.Contains(value, "://") {
+		value = "http://" + value // as the Go library does
+	}
+	u, err := url.Parse(value)
+	schemes := []string{"http", "https", "socks5", "socks5h"}
+	if err != nil || !hasHost(u) || !slices.Contains(schemes, u.Scheme) ||
+		strings.Trim(u.Path+u.RawQuery+u.Fragment, "/") != "" {
+		return errors.New("not a URL of a proxy; want one such as http://proxy.example:3128 or " +
+			"http://USER:PASSWORD@proxy.example:3128, with special characters in the password " +
+			"percent-encoded (%25 for %)")
+	}
+	return nil
 }
 
-// defaultScope is the scope of Azure OpenAI in the cloud that host, in lower case, belongs to.
+// defaultScope is the scope of Azure OpenAI in the cloud that host, in lower
+// case, belongs to.
 func defaultScope(host string) string {
+	host = strings.TrimSuffix(host, ".")
 	for _, cloud := range []string{"us", "cn"} {
-		if strings.HasSuffix(strings.TrimSuffix(host, "."), ".azure."+cloud) {
+		if strings.HasSuffix(host, ".azure."+cloud) {
 			return "https://cognitiveservices.azure." + cloud + "/.default"
 		}
 	}
 	return "https://cognitiveservices.azure.com/.default"
 }
 
-// listenHosts are where to listen: at HOST if that is set, on every interface if clients need a
-// key, else on both loopback addresses, as localhost may mean either.
-func (c *config) listenHosts() []string {
-	if c.host != "" || c.key != "" {
-		return []string{c.host}
+// listenHosts are the addresses to listen on. Without HOST they are every
+// interface if clients need a key. Otherwise they are both loopback addresses,
+// as localhost may mean either, unless this host has no IPv6.
+func listenHosts(host, key string) []string {
+	if host != "" || key != "" {
+		return []string{host}
 	}
-	addrs, _ := net.InterfaceAddrs() // without them, IPv4 alone
-	if slices.ContainsFunc(addrs, func(a net.Addr) bool { return a.String() == "::1/128" }) {
-		return []string{"127.0.0.1", "::1"}
+	addrs, _ := net.InterfaceAddrs() // if it fails, IPv4 will do
+	for _, addr := range addrs {
+		if addr.String() == "::1/128" {
+			return []string{"127.0.0.1", "::1"}
+		}
 	}
 	return []string{"127.0.0.1"}
 }
 
-// listen opens the listening sockets. PORT=0 stands for one port on all of the hosts: if what was
-// free on the first is taken on the next, another is tried.
-func listen(cfg *config) (listeners []net.Listener, err error) {
-	for range 10 {
-		listeners, err = listenOn(cfg.listenHosts(), cfg.port)
-		if err == nil || cfg.port != "0" {
-			break
-		}
-	}
-	return listeners, err
-}
-
-func listenOn(hosts []string, port string) ([]net.Listener, error) {
+// listen opens a socket for each of cfg.hosts. With PORT=0 the first one finds
+// a free port, and the others take the same.
+func listen(cfg *config) ([]net.Listener, error) {
 	var listeners []net.Listener
-	for _, host := range hosts {
+	port := cfg.port
+	for _, host := range cfg.hosts {
 		network := "tcp"
 		if net.ParseIP(host).To4() != nil {
-			network = "tcp4" // or 0.0.0.0 would be every IPv6 address, too
+			network = "tcp4" // with tcp, 0.0.0.0 would mean every IPv6 address too
 		}
 		ln, err := net.Listen(network, net.JoinHostPort(host, port))
 		if err != nil {
@@ -466,59 +521,57 @@ func listenOn(hosts []string, port string) ([]net.Listener, error) {
 	return listeners, nil
 }
 
-// proxy is the running program.
-type proxy struct {
+// service is the running program.
+type service struct {
 	cfg       *config
 	tokens    *tokenSource
-	forward   *forwarder
+	forwarder *forwarder
 	server    *http.Server
 	drainTime time.Duration // for running streams, after SIGTERM
-	draining  atomic.Bool   // since then; /readyz says so
+	draining  atomic.Bool   // SIGTERM has come
 }
 
-func newProxy(cfg *config) *proxy {
-	tokens := &tokenSource{fetch: cfg.source.fetch, now: time.Now}
-	p := &proxy{
+func newService(cfg *config) *service {
+	tokens := newTokenSource(cfg.endpoint.fetch, time.Now)
+	s := &service{
 		cfg:       cfg,
 		tokens:    tokens,
-		forward:   newForwarder(cfg, tokens),
+		forwarder: newForwarder(cfg.target, cfg.key, tokens, cfg.secrets),
 		drainTime: 10 * time.Minute,
 	}
-	p.server = &http.Server{
-		Handler:                      p,
-		DisableGeneralOptionsHandler: true,             // OPTIONS * is not answered for the upstream
-		ReadHeaderTimeout:            15 * time.Second, // bounds clients that dribble or say nothing
+	s.server = &http.Server{
+		Handler:                      http.HandlerFunc(s.route),
+		DisableGeneralOptionsHandler: true,             // route sees OPTIONS * too
+		ReadHeaderTimeout:            15 * time.Second, // for clients that say nothing or dribble
 		ReadTimeout:                  0,                // an upload may take its time
 		WriteTimeout:                 0,                // so may a model
 		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
 		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
-		ConnContext: func(ctx context.Context, client net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, client) // for reset
-		},
 	}
-	return p
+	return s
 }
 
-// ServeHTTP has every route: the probes, which are answered here and need no key, and all else,
-// which goes to the upstream. What looks like a probe but names a host or has a body is for the
-// forwarder to judge.
-func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	// The server drops the Transfer-Encoding of an HTTP/1.0 request (golang/go#12785), and would take
-	// the body that follows for the next request (RFC 9112 §6.1).
+// route has every route: two probes and /, which need no key and are answered
+// here, and everything else, which is for the upstream.
+func (s *service) route(w http.ResponseWriter, r *http.Request) {
+	// The server ignores the Transfer-Encoding of an HTTP/1.0 request
+	// (golang/go#12785) and would take its body for the next request. RFC 9112
+	// §6.1 wants such a connection closed.
 	if !r.ProtoAtLeast(1, 1) {
 		w.Header().Set("Connection", "close")
 	}
 	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
+	// A probe has no body, and its target is a path and no URL.
 	if !isProbe || !isRead || r.ContentLength != 0 || r.URL.Host != "" {
-		p.forward.ServeHTTP(w, r)
+		s.forwarder.ServeHTTP(w, r)
 		return
 	}
-	if p.cfg.debug {
+	if s.cfg.debug {
 		log.Printf("debug: probe %s from %s", r.URL.Path, r.RemoteAddr)
 	}
 	if r.URL.Path == "/readyz" {
-		if reason := p.notReady(r); reason != "" {
+		if reason := s.notReady(r); reason != "" {
 			http.Error(w, reason, http.StatusServiceUnavailable)
 			return
 		}
@@ -526,30 +579,28 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintln(w, "ok")
 }
 
-// notReady says why the proxy is not ready, or nothing.
-func (p *proxy) notReady(r *http.Request) string {
-	if p.draining.Load() {
+// notReady says why the proxy is not ready. If it is, that is nothing.
+func (s *service) notReady(r *http.Request) string {
+	if s.draining.Load() {
 		return "shutting down"
 	}
-	if _, err := p.tokens.token(r.Context()); err != nil {
-		return noToken(r, err, false)
+	if _, err := s.tokens.token(r.Context()); err != nil {
+		return noTokenMessage(r, err, false)
 	}
 	return ""
 }
 
-// serve answers requests until a signal arrives. Then it stops accepting and lets the running
-// requests and tunnels finish, for drainTime at most or until a second signal.
-func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error {
+// serve answers requests until a signal arrives. Then it accepts no more, and
+// lets running requests and tunnels finish.
+func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	p.server.BaseContext = func(net.Listener) context.Context { return ctx }
-	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
-	p.logStart(port)
-	go p.tokens.token(ctx) // both so that the first request need not wait
-	p.forward.warm()       // before there is another connection that its request could go out on
+	s.server.BaseContext = func(net.Listener) context.Context { return ctx }
+	s.logStart(listeners)
+	go s.tokens.run(ctx)
 	failed := make(chan error, len(listeners))
 	for _, ln := range listeners {
-		go func() { failed <- p.server.Serve(ln) }()
+		go func() { failed <- s.server.Serve(ln) }()
 	}
 	select {
 	case err := <-failed:
@@ -557,37 +608,57 @@ func (p *proxy) serve(listeners []net.Listener, signals <-chan os.Signal) error 
 	case <-signals:
 	}
 
-	// Drain. What still runs when ctx ends, a tunnel too, is broken off then.
-	p.draining.Store(true)
+	s.draining.Store(true)
 	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
-		p.forward.active.Load(), p.drainTime)
-	time.AfterFunc(p.drainTime, cancel)
+		s.forwarder.streams.Load(), s.drainTime)
+	finished := make(chan struct{})
 	go func() {
-		<-signals
-		cancel()
+		s.server.Shutdown(context.Background())
+		s.waitForStreams()
+		close(finished)
 	}()
-	p.server.Shutdown(ctx)
-	time.AfterFunc(lingerTime, func() { p.server.Close() }) // on clients that don't read what is left
-	for p.forward.active.Load() > 0 {                       // tunnels, of which Shutdown knows nothing
-		time.Sleep(10 * time.Millisecond)
+	select {
+	case <-finished:
+	case <-signals:
+	case <-time.After(s.drainTime):
 	}
+
+	// What still runs is broken off: it ends with its context, and if it waits
+	// for a client that does not read, with its connection.
+	cancel()
+	select {
+	case <-finished:
+	case <-time.After(lingerTime):
+	}
+	s.server.Close()
+	<-finished
 	log.Print("stopped")
 	return nil
 }
 
+// waitForStreams waits for what Shutdown does not know of: tunnels. It looks
+// now and then, as Shutdown does for the rest.
+func (s *service) waitForStreams() {
+	for s.forwarder.streams.Load() > 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // logStart says where the proxy listens, who may use it and as whom.
-func (p *proxy) logStart(port string) {
-	cfg := p.cfg
-	if !strings.Contains(cfg.target.Path, "openai") {
+func (s *service) logStart(listeners []net.Listener) {
+	cfg := s.cfg
+	if !cfg.hasOpenAI() {
 		log.Print("warning: " + noOpenAI)
 	}
-	for _, host := range cfg.listenHosts() {
+	for i, host := range cfg.hosts {
+		_, port, _ := net.SplitHostPort(listeners[i].Addr().String())
 		log.Printf("proxy listening on %s ➜ %s", net.JoinHostPort(host, port), cfg.target)
 	}
-	log.Printf("tokens for %s come from %s at %s, %s", cfg.scope, cfg.source.name, cfg.source.url.Host,
-		cfg.source.why())
+	log.Printf("tokens for %s come from %s", cfg.scope, cfg.endpoint)
 	log.Print(cfg.whoMayUseIt())
 }
+
+func (c *config) hasOpenAI() bool { return strings.Contains(c.target.Path, "openai") }
 
 // noOpenAI warns of a TARGET_URL whose /openai/ may have been forgotten.
 const noOpenAI = "the path of TARGET_URL has no openai in it, which is right for Foundry's " +
@@ -595,143 +666,209 @@ const noOpenAI = "the path of TARGET_URL has no openai in it, which is right for
 
 // whoMayUseIt says who can speak with the identity through the proxy.
 func (c *config) whoMayUseIt() string {
+	const local = "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity"
 	switch {
 	case c.key != "":
 		return "EXPECTED_KEY is set: whoever has the key may use this host's identity"
 	case c.host == "":
-		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity; " +
-			"set EXPECTED_KEY to ask for a key and listen on every interface, or HOST to choose one"
+		return local + "; set EXPECTED_KEY to ask for a key and listen on every interface, " +
+			"or HOST to choose one"
 	case isLoopback(c.host):
-		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity"
+		return local
 	}
 	return "warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity"
 }
 
-// check tries what the proxy needs, step by step, and says what is wrong and what to do. It sends a
-// token request and one request to the upstream that uses no model, nothing else.
-func check(getenv func(string) string, out io.Writer) error {
-	hidden := &secrets{} // none until the settings are read
-	ok := func(step, format string, args ...any) {
-		text := hidden.safe(fmt.Sprintf(format, args...), maxLine)
-		fmt.Fprintf(out, "ok    %s: %s\n", step, text)
-	}
-	fail := func(step, text string, hints ...string) error {
-		fmt.Fprintf(out, "FAIL  %s: %s\n", step, hidden.safe(text, maxLine))
-		for _, hint := range hints {
-			if hint != "" {
-				fmt.Fprintf(out, "      hint: %s\n", hidden.safe(hint, maxLine))
-			}
-		}
-		return errors.New(step + " failed the check")
-	}
-	cfg, err := loadConfig(getenv)
-	if err != nil {
-		return fail("settings", err.Error())
-	}
-	hidden = cfg.secrets
-	log.SetOutput(logWriter{hidden, log.Writer()})
-	ok("settings", "TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)
-	var addrs []string
-	for _, host := range cfg.listenHosts() {
-		addrs = append(addrs, net.JoinHostPort(host, cfg.port))
-	}
-	ok("settings", "to listen on %s, which is not tried; %s", strings.Join(addrs, " and "),
-		cfg.whoMayUseIt())
-	ok("identity", "%s at %s, %s", cfg.source.name, cfg.source.url.Host, cfg.source.why())
+// checkTime bounds the request of -check to the upstream.
+const checkTime = 20 * time.Second
 
-	ctx, cancel := context.WithTimeout(context.Background(), fetchTime)
-	defer cancel()
-	t, tokenErr := cfg.source.fetch(ctx)
-	if tokenErr != nil {
-		return fail("token", tokenErr.text, tokenErr.hint)
-	}
-	c := t.claims()
-	c.Object = hidden.safe(c.Object, maxPiece)
-	ok("token", "audience %s, tenant %s, object id %s, client id %s, expires %s",
-		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
-
-	f := newForwarder(cfg, nil)
-	req := f.checkRequest()
-	req.Header.Set("Authorization", t.authorization)
-	trace := &httptrace.ClientTrace{
-		DNSDone: func(info httptrace.DNSDoneInfo) {
-			if info.Err == nil {
-				ok("DNS", "%v", info.Addrs)
-			}
-		},
-		GotConn: func(info httptrace.GotConnInfo) {
-			ok("TCP", "connected to %s", info.Conn.RemoteAddr())
-			if conn, isTLS := info.Conn.(*tls.Conn); isTLS {
-				state := conn.ConnectionState()
-				ok("TLS", "%s, certificate of %s",
-					tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
-			}
-		},
-	}
-	ctx, cancel = context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
-	resp, err := f.transport.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
-	if err != nil {
-		text, hint := f.failure(err)
-		return fail("upstream", text, hint)
-	}
-	defer resp.Body.Close()
-	said, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
-	said, canRead := unpacked(said, resp.Header.Get("Content-Encoding")) // though none was asked for
-	text, hint := f.explain(resp, said, canRead, t)
-	answered := asked + ": " + text
-	isJSON := strings.HasPrefix(strings.TrimSpace(string(said)), "{")
-	switch status := resp.StatusCode; {
-	case req.Method == http.MethodGet && status == http.StatusOK && isJSON:
-		ok("upstream", "%s", answered)
-		return nil
-	case req.Method == http.MethodPost && status == http.StatusBadRequest &&
-		reason(said) == "invalid_request_error":
-		ok("upstream", "%s: as it should of an empty object", answered)
-		return nil
-	case cfg.target.Path == "/models/" && status == http.StatusNotFound:
-		ok("upstream", "%s: answered %s, as services without a list of models do", asked,
-			statusText(status))
-		return nil
-	}
-	pathHint := noOpenAI
-	if strings.Contains(cfg.target.Path, "openai") {
-		pathHint = ""
-	}
-	err = fail("upstream", answered, hint, pathHint)
-	if text := words(said); text != "" {
-		fmt.Fprintf(out, "      it says: %s\n", hidden.safe(text, maxPiece))
-	}
-	name, _, _ := strings.Cut(req.URL.Host, ".")
-	inShell := func(s string) bool { return consistsOf(s, letters+digits+"-") }
-	isUUID := len(c.Object) == 36 && inShell(c.Object)
-	if isUUID && inShell(name) && strings.Contains(hint, roleName) {
-		fmt.Fprintf(out, roleCommand, c.Object, roleName, name)
-	}
-	return err
+// finding is what one step of -check has found.
+type finding struct {
+	step   string // "token"
+	text   string
+	failed bool
+	below  []string // lines below it: hints, and what the service says
 }
 
-// checkRequest asks the upstream for something that only a right URL, token and role get: the list of
-// models, or of Claude, which has none, the refusal of a message that is an empty JSON object.
-func (f *forwarder) checkRequest() *http.Request {
+// check tries what the proxy needs, one step after the other, and says what is
+// wrong and what to do. It sends a request for a token and one request to the
+// upstream, which uses no model. problem is the error of loadConfig, if any.
+func check(cfg *config, problem error, dotEnvLines []string, stdout io.Writer) error {
+	hidden := &secrets{}
+	if problem == nil {
+		hidden = cfg.secrets
+		log.SetOutput(logWriter{hidden, log.Writer()})
+	}
+	report := func(found ...finding) error {
+		for _, f := range found {
+			f.print(stdout, hidden)
+			if f.failed {
+				return errors.New(f.step + " failed the check")
+			}
+		}
+		return nil
+	}
+
+	for _, line := range dotEnvLines {
+		report(finding{step: ".env", text: line})
+	}
+	if problem != nil {
+		return report(finding{step: "settings", text: problem.Error(), failed: true})
+	}
+	report(checkSettings(cfg)...)
+	report(finding{step: "identity", text: cfg.endpoint.String()})
+	t, found := checkToken(cfg)
+	if err := report(found); err != nil {
+		return err
+	}
+	return report(checkUpstream(cfg, t)...)
+}
+
+// print writes the finding. This is the only place where -check prints.
+func (f finding) print(out io.Writer, hidden *secrets) {
+	label := "ok    "
+	if f.failed {
+		label = "FAIL  "
+	}
+	fmt.Fprintf(out, "%s%s: %s\n", label, f.step, hidden.safe(f.text, maxLine))
+	for _, line := range f.below {
+		fmt.Fprintf(out, "      %s\n", hidden.safe(line, maxLine))
+	}
+}
+
+func checkSettings(cfg *config) []finding {
+	var addrs []string
+	for _, host := range cfg.hosts {
+		addrs = append(addrs, net.JoinHostPort(host, cfg.port))
+	}
+	return []finding{
+		{step: "settings", text: fmt.Sprintf("TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)},
+		{step: "settings", text: fmt.Sprintf("to listen on %s, which is not tried; %s",
+			strings.Join(addrs, " and "), cfg.whoMayUseIt())},
+	}
+}
+
+func checkToken(cfg *config) (token, finding) {
+	t, err := cfg.endpoint.fetch(context.Background())
+	if err != nil {
+		found := finding{step: "token", text: err.Error(), failed: true}
+		var failed *fetchError
+		if errors.As(err, &failed) {
+			found.text = failed.text
+			found.below = hintLines(failed.hint)
+		}
+		return token{}, found
+	}
+	c := t.claims()
+	return t, finding{
+		step: "token",
+		text: fmt.Sprintf("audience %s, tenant %s, object id %s, client id %s, expires %s",
+			c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339)),
+	}
+}
+
+func hintLines(hints ...string) (lines []string) {
+	for _, hint := range hints {
+		if hint != "" {
+			lines = append(lines, "hint: "+hint)
+		}
+	}
+	return lines
+}
+
+func checkUpstream(cfg *config, t token) []finding {
+	f := newForwarder(cfg.target, cfg.key, nil, cfg.secrets)
+	req := checkRequest(cfg.target)
+	req.Header.Set("Authorization", t.authorization)
+	ctx, cancel := context.WithTimeout(context.Background(), checkTime)
+	defer cancel()
+	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
+	if err != nil {
+		text, hint := f.describeFailure(err)
+		return []finding{{step: "upstream", text: text, failed: true, below: hintLines(hint)}}
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer)) // a part of it will do
+
+	var found []finding
+	if resp.TLS != nil {
+		found = append(found, finding{step: "TLS", text: fmt.Sprintf("%s, certificate of %s",
+			tls.VersionName(resp.TLS.Version), resp.TLS.PeerCertificates[0].Subject)})
+	}
+	return append(found, f.judge(req, resp, body, t))
+}
+
+// checkRequest asks for something that only a right URL, token and role get:
+// the list of models. Claude has no such list, but refuses an empty JSON object
+// as a message, with an error of its own.
+func checkRequest(target *url.URL) *http.Request {
 	header := http.Header{"User-Agent": {"aoai-proxy"}}
-	if strings.Contains(f.target.Path, "/anthropic/") {
+	if strings.Contains(target.Path, "/anthropic/") {
 		header.Set("Content-Type", "application/json")
 		header.Set("Anthropic-Version", "2023-06-01")
-		return &http.Request{Method: http.MethodPost, URL: upstreamURL(f.target, "/v1/messages"),
-			Header: header, Body: io.NopCloser(strings.NewReader("{}")), ContentLength: 2}
+		return &http.Request{
+			Method:        http.MethodPost,
+			URL:           upstreamURL(target, "/v1/messages"),
+			Header:        header,
+			Body:          io.NopCloser(strings.NewReader("{}")),
+			ContentLength: 2,
+		}
 	}
-	u := upstreamURL(f.target, "/models")
-	if !strings.HasSuffix(f.target.Path, "/v1/") { // which has no versions
+	u := upstreamURL(target, "/models")
+	if !strings.HasSuffix(target.Path, "/v1/") { // v1 has no versions
 		u.RawQuery = "api-version=2024-10-21"
 	}
 	return &http.Request{Method: http.MethodGet, URL: u, Header: header}
 }
 
-// roleCommand gives the identity its role on the resource whose host begins so.
-const roleCommand = `      az role assignment create --assignee-object-id %s \
-        --assignee-principal-type ServicePrincipal --role "%s" \
-        --scope "$(az cognitiveservices account list \
-        --query "[?properties.customSubDomainName=='%s'].id" --output tsv)"
-`
+// judge tells whether resp is the right answer to checkRequest's request.
+func (f *forwarder) judge(req *http.Request, resp *http.Response, body []byte, t token) finding {
+	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
+	text, hint := f.explain(resp, body, t)
+	plain, _ := unpacked(body, resp.Header.Get("Content-Encoding"))
+	found := finding{step: "upstream", text: asked + ": " + text}
+
+	isJSON := strings.HasPrefix(strings.TrimSpace(string(plain)), "{")
+	switch status := resp.StatusCode; {
+	case req.Method == http.MethodGet && status == http.StatusOK && isJSON:
+		return found
+	case req.Method == http.MethodPost && status == http.StatusBadRequest &&
+		errorCode(plain) == "invalid_request_error":
+		found.text += ": as it should of an empty object"
+		return found
+	case f.target.Path == "/models/" && status == http.StatusNotFound:
+		found.text = asked + ": answered " + statusText(status) +
+			", as services without a list of models do"
+		return found
+	}
+
+	found.failed = true
+	found.below = hintLines(hint)
+	if !strings.Contains(f.target.Path, "openai") {
+		found.below = append(found.below, hintLines(noOpenAI)...)
+	}
+	if len(plain) > 0 {
+		found.below = append(found.below, "it says: "+f.secrets.safe(string(plain), maxPiece))
+	}
+	if strings.Contains(hint, roleName) {
+		found.below = append(found.below, roleCommand(t.claims().Object, req.URL.Hostname())...)
+	}
+	return found
+}
+
+// roleCommand gives the identity its role on the resource whose host this is.
+// It is for pasting into a shell, so both must look like what they should be.
+func roleCommand(object, host string) []string {
+	resource, _, _ := strings.Cut(host, ".")
+	const plain = letters + digits + "-"
+	if len(object) != len("00000000-0000-0000-0000-000000000000") ||
+		!consistsOf(object, plain) || !consistsOf(resource, plain) {
+		return nil
+	}
+	return []string{
+		`az role assignment create --assignee-object-id ` + object + ` \`,
+		`  --assignee-principal-type ServicePrincipal --role "` + roleName + `" \`,
+		`  --scope "$(az cognitiveservices account list \`,
+		`  --query "[?properties.customSubDomainName=='` + resource + `'].id" --output tsv)"`,
+	}
+}
