@@ -14,7 +14,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"flag"
 	"fmt"
 	goversion "go/version"
 	"io"
@@ -23,11 +22,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -42,16 +39,11 @@ import (
 )
 
 // TestMain lets the test binary stand in for the real one: with AOAI_PROXY_TEST_MAIN set it is
-// aoai-proxy, for tests that need its exit status or its signals; with AOAI_PROXY_BENCH_PEER it is
-// one of the proxies that the benchmarks compare.
+// aoai-proxy, for tests that need its exit status or its signals.
 func TestMain(m *testing.M) {
 	if os.Getenv("AOAI_PROXY_TEST_MAIN") != "" {
 		os.Unsetenv("AOAI_PROXY_TEST_MAIN")
 		main()
-		os.Exit(0)
-	}
-	if name := os.Getenv("AOAI_PROXY_BENCH_PEER"); name != "" {
-		servePeer(name)
 		os.Exit(0)
 	}
 	for _, name := range []string{"http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"} {
@@ -718,24 +710,39 @@ func TestListensWhereSettingsSay(t *testing.T) {
 	}
 }
 
-// heldUpstream is a fakeAzure that also has /stream: one event, and a second one when told so.
-func heldUpstream(t testing.TB, identity *fakeIdentity) (upstream *httptest.Server, release chan struct{}) {
-	t.Helper()
-	azure := &fakeAzure{identity: identity}
-	release = make(chan struct{})
-	return newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/openai/stream" {
-			azure.ServeHTTP(w, r)
+// fakeAzure accepts the tokens of identity and nothing else. It has a stream of
+// two events, the second of which release lets go, and a realtime WebSocket
+// that echoes. Anything else it reads whole and answers with {}.
+func fakeAzure(identity *fakeIdentity, release <-chan struct{}) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if !identity.gave(r.Header.Get("Authorization")) || r.Header.Get("Api-Key") != "" {
+			writeJSON(w, 401, `{"error":{"code":"401"}}`)
 			return
 		}
-		io.WriteString(w, "data: 1\n\n")
-		w.(http.Flusher).Flush()
-		select {
-		case <-release:
-			io.WriteString(w, "data: 2\n\n")
-		case <-r.Context().Done():
+		switch {
+		case strings.HasSuffix(r.URL.Path, "/realtime"):
+			realtime(w, r)
+		case strings.HasSuffix(r.URL.Path, "/stream"):
+			io.WriteString(w, "data: 1\n\n")
+			http.NewResponseController(w).Flush()
+			select {
+			case <-release:
+				io.WriteString(w, "data: 2\n\n")
+			case <-r.Context().Done():
+			}
+		default:
+			io.Copy(io.Discard, r.Body)
+			writeJSON(w, 200, `{}`)
 		}
-	}), release
+	}
+}
+
+// heldUpstream is a fakeAzure whose streams go on when release is closed.
+func heldUpstream(t testing.TB, identity *fakeIdentity) (
+	upstream *httptest.Server, release chan struct{}) {
+	t.Helper()
+	release = make(chan struct{})
+	return newUpstream(t, fakeAzure(identity, release)), release
 }
 
 // openStream asks the proxy for a stream and reads its first event.
@@ -2247,10 +2254,9 @@ func TestRealtimeEchoThroughTheTunnel(t *testing.T) {
 		t.Run(scheme, func(t *testing.T) {
 			captureLog(t)
 			identity := newFakeIdentity(t)
-			azure := &fakeAzure{identity: identity}
-			upstream := newUpstream(t, azure.ServeHTTP)
+			upstream := newUpstream(t, fakeAzure(identity, nil))
 			if scheme == "https" {
-				upstream = httptest.NewTLSServer(azure)
+				upstream = httptest.NewTLSServer(fakeAzure(identity, nil))
 				t.Cleanup(upstream.Close)
 			}
 			p := startProxy(t, identity, upstream, map[string]string{"EXPECTED_KEY": "sesame"})
@@ -2766,13 +2772,13 @@ func TestUpstreamHints(t *testing.T) {
 func TestNothingOutlivesItsRequest(t *testing.T) {
 	captureLog(t)
 	identity := newFakeIdentity(t)
-	azure := &fakeAzure{identity: identity}
-	p := startProxy(t, identity, newUpstream(t, azure.ServeHTTP), map[string]string{"HOST": "127.0.0.1"})
+	upstream, _ := heldUpstream(t, identity)
+	p := startProxy(t, identity, upstream, nil)
 	p.do(t, "GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n") // all has started
 	before := runtime.NumGoroutine()
 	const stream = `{"stream":true}`
 	requests := []string{
-		"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 15\r\n\r\n" + stream,
+		"POST /v1/stream HTTP/1.1\r\nHost: {host}\r\nContent-Length: 15\r\n\r\n" + stream,
 		"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9999999\r\n\r\n" + stream,
 		"POST /v1/responses HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n" + stream,
 		"GET /v1/realtime HTTP/1.1\r\n" + webSocketHead + "\r\n",
@@ -2952,238 +2958,14 @@ func FuzzRequestHeader(f *testing.F) {
 	})
 }
 
-var demo = flag.Bool("demo", false, "run the demo until Ctrl-C")
-
-// TestDemo is make demo: the proxy in front of a stand-in for Azure. Without -demo it sends its one
-// chat and ends.
-func TestDemo(t *testing.T) {
-	env := map[string]string{"PORT": "0"}
-	if *demo {
-		env["PORT"] = os.Getenv("PORT")
-		env["EXPECTED_KEY"] = os.Getenv("EXPECTED_KEY")
-		env["AZURE_LOG_LEVEL"] = "debug"
-	}
-	identity := newFakeIdentity(t)
-	azure := &fakeAzure{identity: identity, pause: 60 * time.Millisecond}
-	if !*demo {
-		azure.pause = 0
-		captureLog(t)
-	}
-	p := startProxy(t, identity, newUpstream(t, azure.ServeHTTP), env)
-
-	key := env["EXPECTED_KEY"]
-	if key == "" {
-		key = "anything"
-	}
-	const body = `{"messages":[{"role":"user","content":"Who are you?"}],"stream":true}`
-	req, _ := http.NewRequest("POST", p.url+"/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
-		strings.NewReader(body))
-	req.Header.Set("api-key", key)
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	fmt.Print("\nThe stand-in's answer, word by word as it arrives:\n\n    ")
-	var said strings.Builder
-	for event := range sseEvents(resp.Body) {
-		var chunk struct {
-			Choices []struct{ Delta struct{ Content string } }
-		}
-		if json.Unmarshal([]byte(event), &chunk) == nil && len(chunk.Choices) > 0 {
-			said.WriteString(chunk.Choices[0].Delta.Content)
-			fmt.Print(chunk.Choices[0].Delta.Content)
-		}
-	}
-	fmt.Println()
-	if got := strings.TrimSpace(said.String()); got != demoAnswer {
-		t.Fatalf("the client was told %q, want %q", got, demoAnswer)
-	}
-	if !*demo {
-		return
-	}
-	fmt.Printf(demoText, p.url, key)
-	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	<-interrupted.Done()
-}
-
-const demoText = `
-The proxy is up until Ctrl-C. Paste into another terminal:
-
-curl:
-    curl -N %[1]s/v1/chat/completions -H 'api-key: %[2]s' -H 'Content-Type: application/json' \
-      -d '{"model":"gpt-4o","stream":true,"messages":[{"role":"user","content":"Who are you?"}]}'
-
-OpenAI SDK (npm install openai):
-    OPENAI_BASE_URL=%[1]s/v1 OPENAI_API_KEY=%[2]s node --input-type=module -e '
-      import OpenAI from "openai"; const ai = new OpenAI();
-      const stream = await ai.chat.completions.create({ model: "gpt-4o", stream: true,
-        messages: [{ role: "user", content: "Who are you?" }] });
-      for await (const part of stream) process.stdout.write(part.choices[0]?.delta?.content ?? "");'
-
-codex (npm install -g @openai/codex):
-    AZURE_API_KEY=%[2]s codex exec --skip-git-repo-check -m gpt-5-codex -c model_provider=azure \
-      -c 'model_providers.azure={name="Azure",base_url="%[1]s/v1",env_key="AZURE_API_KEY",wire_api="responses"}' \
-      'Who are you?'
-
-`
-
-const demoAnswer = "I am a stand-in for Azure OpenAI, and I saw a managed-identity token instead of your key."
-
-// sseEvents yields the data of each server-sent event.
-func sseEvents(body io.Reader) <-chan string {
-	events := make(chan string)
-	go func() {
-		defer close(events)
-		var line []byte
-		one := make([]byte, 1)
-		for {
-			if _, err := body.Read(one); err != nil {
-				return
-			}
-			if one[0] != '\n' {
-				line = append(line, one[0])
-				continue
-			}
-			if data, ok := strings.CutPrefix(string(line), "data: "); ok {
-				events <- data
-			}
-			line = line[:0]
-		}
-	}()
-	return events
-}
-
-// fakeAzure looks like an Azure OpenAI resource to clients. It accepts nothing but the current
-// token of identity.
-type fakeAzure struct {
-	identity *fakeIdentity
-	pause    time.Duration // between two words
-}
-
-func (a *fakeAzure) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("apim-request-id", fmt.Sprintf("demo-%d", time.Now().UnixNano()))
-	if !a.identity.gave(r.Header.Get("Authorization")) || r.Header.Get("Api-Key") != "" {
-		writeJSON(w, 401, `{"error":{"code":"401","message":"Access token is missing, invalid, audience is incorrect or have expired."}}`)
-		return
-	}
-	path := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/openai"), "/v1")
-	if strings.HasPrefix(path, "/deployments/") {
-		path = "/" + strings.Join(strings.Split(path, "/")[3:], "/")
-	}
-	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
-		if path != "/realtime" { // codex goes on over HTTP then
-			writeJSON(w, 426, `{"error":{"message":"no WebSocket here"}}`)
-			return
-		}
-		a.realtime(w, r)
-		return
-	}
-	var request struct {
-		Model    string
-		Stream   bool
-		Encoding string `json:"encoding_format"`
-	}
-	body, _ := io.ReadAll(r.Body)
-	json.Unmarshal(body, &request)
-	switch path {
-	case "/chat/completions":
-		a.chat(w, request.Model, request.Stream)
-	case "/responses":
-		a.responses(w, request.Model, request.Stream)
-	case "/embeddings":
-		embedding := `[0.5,-0.25,0.125]`
-		if request.Encoding == "base64" { // as the SDKs ask for: 32-bit floats, little-endian
-			embedding = `"AAAAPwAAgL4AAAA+"`
-		}
-		writeJSON(w, 200, `{"object":"list","model":"text-embedding-3-small","data":[{"object":"embedding","index":0,`+
-			`"embedding":`+embedding+`}],"usage":{"prompt_tokens":3,"total_tokens":3}}`)
-	case "/models":
-		writeJSON(w, 200, `{"object":"list","data":[{"id":"gpt-4o","object":"model","created":1715367049,"owned_by":"azure"},`+
-			`{"id":"gpt-5-codex","object":"model","created":1757527818,"owned_by":"azure"}],"models":[]}`)
-	default:
-		writeJSON(w, 404, `{"error":{"code":"404","message":"Resource not found"}}`)
-	}
-}
-
 func writeJSON(w http.ResponseWriter, status int, body string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	io.WriteString(w, body)
 }
 
-// sendEvent writes one server-sent event and flushes it.
-func (a *fakeAzure) sendEvent(w http.ResponseWriter, name string, data any) {
-	if name != "" {
-		fmt.Fprintf(w, "event: %s\n", name)
-	}
-	text, _ := json.Marshal(data)
-	fmt.Fprintf(w, "data: %s\n\n", text)
-	w.(http.Flusher).Flush()
-	time.Sleep(a.pause)
-}
-
-type object = map[string]any
-
-func (a *fakeAzure) chat(w http.ResponseWriter, model string, stream bool) {
-	message := func(key string, content object, finish any) object {
-		return object{"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": 1760000000, "model": model,
-			"choices": []object{{"index": 0, key: content, "finish_reason": finish}}}
-	}
-	if !stream {
-		answer := message("message", object{"role": "assistant", "content": demoAnswer}, "stop")
-		answer["object"] = "chat.completion"
-		text, _ := json.Marshal(answer)
-		writeJSON(w, 200, string(text))
-		return
-	}
-	w.Header().Set("Content-Type", "text/event-stream")
-	a.sendEvent(w, "", message("delta", object{"role": "assistant", "content": ""}, nil))
-	for _, word := range strings.SplitAfter(demoAnswer, " ") {
-		a.sendEvent(w, "", message("delta", object{"content": word}, nil))
-	}
-	a.sendEvent(w, "", message("delta", object{}, "stop"))
-	io.WriteString(w, "data: [DONE]\n\n")
-}
-
-func (a *fakeAzure) responses(w http.ResponseWriter, model string, stream bool) {
-	content := object{"type": "output_text", "text": demoAnswer, "annotations": []any{}}
-	item := object{"id": "msg_demo", "type": "message", "status": "completed", "role": "assistant", "content": []any{content}}
-	response := object{"id": "resp_demo", "object": "response", "created_at": 1760000000, "model": model,
-		"status": "completed", "output": []any{item}, "usage": object{"input_tokens": 3, "output_tokens": 17, "total_tokens": 20,
-			"input_tokens_details": object{"cached_tokens": 0}, "output_tokens_details": object{"reasoning_tokens": 0}}}
-	if !stream {
-		text, _ := json.Marshal(response)
-		writeJSON(w, 200, string(text))
-		return
-	}
-	w.Header().Set("Content-Type", "text/event-stream")
-	n := 0
-	send := func(kind string, fields object) {
-		fields["type"], fields["sequence_number"] = kind, n
-		n++
-		a.sendEvent(w, kind, fields)
-	}
-	started := object{"id": "resp_demo", "object": "response", "created_at": 1760000000, "model": model,
-		"status": "in_progress", "output": []any{}}
-	send("response.created", object{"response": started})
-	send("response.output_item.added", object{"output_index": 0, "item": object{"id": "msg_demo", "type": "message",
-		"status": "in_progress", "role": "assistant", "content": []any{}}})
-	send("response.content_part.added", object{"item_id": "msg_demo", "output_index": 0, "content_index": 0,
-		"part": object{"type": "output_text", "text": "", "annotations": []any{}}})
-	for _, word := range strings.SplitAfter(demoAnswer, " ") {
-		send("response.output_text.delta", object{"item_id": "msg_demo", "output_index": 0, "content_index": 0, "delta": word})
-	}
-	send("response.output_text.done", object{"item_id": "msg_demo", "output_index": 0, "content_index": 0, "text": demoAnswer})
-	send("response.content_part.done", object{"item_id": "msg_demo", "output_index": 0, "content_index": 0, "part": content})
-	send("response.output_item.done", object{"output_index": 0, "item": item})
-	send("response.completed", object{"response": response})
-}
-
 // realtime accepts a WebSocket, greets as the Realtime API does and then echoes each message.
-func (a *fakeAzure) realtime(w http.ResponseWriter, r *http.Request) {
+func realtime(w http.ResponseWriter, r *http.Request) {
 	conn, buf, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return
@@ -3245,380 +3027,7 @@ func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
 	return head[0] & 0x0f, payload, err
 }
 
-// benchPeers are what the benchmarks run their loads through: the upstream itself, the strongest
-// ordinary Go proxy without and with a BufferPool, and this program. Each proxy is a process of its
-// own, so that its CPU time and memory can be told from the client's and the upstream's.
-var benchPeers = []string{"direct", "httputil", "bufferpool", "proxy"}
-
-// servePeer is the process of a peer, with the proxy's settings in the environment. On standard
-// output it says its address, and then its usage so far for each line of standard input.
-func servePeer(name string) {
-	stand := httptest.NewTLSServer(nil) // every one has the certificate that the upstream shows
-	roots := stand.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
-	stand.Close()
-	cfg, err := loadConfig(os.Getenv)
-	if err != nil {
-		panic(err)
-	}
-	listeners, err := listen(cfg)
-	if err != nil {
-		panic(err)
-	}
-	if name == "proxy" {
-		p := newService(cfg)
-		p.forwarder.transport.TLSClientConfig.RootCAs = roots
-		go p.serve(listeners, nil)
-	} else {
-		rp := &httputil.ReverseProxy{FlushInterval: -1}
-		rp.Transport = &http.Transport{MaxIdleConnsPerHost: 1024, DisableCompression: true,
-			TLSClientConfig: &tls.Config{RootCAs: roots}}
-		rp.Rewrite = func(r *httputil.ProxyRequest) {
-			r.SetURL(&url.URL{Scheme: cfg.target.Scheme, Host: cfg.target.Host})
-			r.Out.Header.Set("Authorization", "Bearer token")
-		}
-		if name == "bufferpool" {
-			rp.BufferPool = &bufferPool{}
-		}
-		go http.Serve(listeners[0], rp)
-	}
-	fmt.Println(listeners[0].Addr())
-	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
-		if in.Text() == "collect" {
-			runtime.GC()
-			runtime.GC() // what a sync.Pool holds survives one
-		}
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		fmt.Println(cpuTime(), m.TotalAlloc, m.HeapInuse+m.StackInuse)
-	}
-}
-
-type bufferPool struct{ pool sync.Pool }
-
-func (p *bufferPool) Put(buf []byte) { p.pool.Put((*[32 << 10]byte)(buf)) }
-func (p *bufferPool) Get() []byte {
-	if buf, ok := p.pool.Get().(*[32 << 10]byte); ok {
-		return buf[:]
-	}
-	return make([]byte, 32<<10)
-}
-
-// cpuTime is the CPU time of this process in nanoseconds, user and system. Only Linux tells it.
-func cpuTime() (sum float64) {
-	files, _ := filepath.Glob("/proc/self/task/*/schedstat")
-	for _, file := range files {
-		var ns float64
-		text, _ := os.ReadFile(file)
-		fmt.Sscan(string(text), &ns)
-		sum += ns
-	}
-	return sum
-}
-
-// benchPeer is a running peer, as its client sees it.
-type benchPeer struct {
-	url     string
-	client  *http.Client
-	stdin   io.Writer // nil for direct
-	stdout  *bufio.Reader
-	samples []float64 // what a load has measured itself
-}
-
-func startPeer(b *testing.B, name string, upstream *httptest.Server) *benchPeer {
-	transport := upstream.Client().Transport.(*http.Transport).Clone()
-	transport.MaxIdleConnsPerHost, transport.DisableCompression = 1024, true
-	b.Cleanup(transport.CloseIdleConnections)
-	p := &benchPeer{url: upstream.URL, client: &http.Client{Transport: transport}}
-	if name == "direct" {
-		return p
-	}
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = []string{"AOAI_PROXY_BENCH_PEER=" + name, "TARGET_URL=" + upstream.URL + "/openai/", "HOST=127.0.0.1",
-		"PORT=0", "AZURE_POD_IDENTITY_AUTHORITY_HOST=" + newFakeIdentity(b).URL}
-	cmd.Stderr = &logBuffer{} // a pipe, as a service's log is
-	stdin, _ := cmd.StdinPipe()
-	stdout, _ := cmd.StdoutPipe()
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		stdin.Close()
-		cmd.Wait()
-	})
-	p.stdin, p.stdout = stdin, bufio.NewReader(stdout)
-	addr, err := p.stdout.ReadString('\n')
-	if err != nil {
-		b.Fatal(err, cmd.Stderr)
-	}
-	p.url = "http://" + strings.TrimSpace(addr)
-	return p
-}
-
-// benchUsage is CPU time in ns, memory allocated so far and memory held, heap and stacks, in bytes.
-type benchUsage struct{ cpu, allocated, held float64 }
-
-// usage asks the peer for what it has used so far. The command collect has it collect garbage first.
-func (p *benchPeer) usage(command string) (u benchUsage) {
-	if p.stdin != nil {
-		fmt.Fprintln(p.stdin, command)
-		fmt.Fscanln(p.stdout, &u.cpu, &u.allocated, &u.held)
-	}
-	return u
-}
-
-// comparePeers runs load, which sends n requests or events, through each peer, in up to five turns
-// that alternate with as many through httputil, so that both meet the same noise. It reports what
-// the peer's process has used for each of b.N, the median of the samples that load took, if any,
-// and how each compares to httputil's.
-func comparePeers(b *testing.B, sampled string, handler http.HandlerFunc, load func(b *testing.B, p *benchPeer, n int)) {
-	upstream := httptest.NewUnstartedServer(handler)
-	var dialed atomic.Int64
-	upstream.Config.ConnState = func(_ net.Conn, state http.ConnState) {
-		if state == http.StateNew {
-			dialed.Add(1)
-		}
-	}
-	upstream.StartTLS()
-	b.Cleanup(upstream.Close)
-	for _, name := range benchPeers {
-		b.Run(name, func(b *testing.B) {
-			b.StopTimer()
-			reference, p := startPeer(b, "httputil", upstream), startPeer(b, name, upstream)
-			load(b, reference, 1)
-			load(b, p, 1)
-			b.ResetTimer()
-			turns := min(b.N, 5)
-			turn := func(i int, p *benchPeer) (u benchUsage) {
-				before := p.usage("")
-				load(b, p, b.N*(i+1)/turns-b.N*i/turns)
-				after := p.usage("")
-				return benchUsage{cpu: after.cpu - before.cpu, allocated: after.allocated - before.allocated}
-			}
-			var own, other benchUsage
-			var dials int64
-			p.samples, reference.samples = nil, nil
-			for i := range turns {
-				u := turn(i, reference)
-				other.cpu, other.allocated = other.cpu+u.cpu, other.allocated+u.allocated
-				dials -= dialed.Load()
-				b.StartTimer()
-				u = turn(i, p)
-				b.StopTimer()
-				own.cpu, own.allocated = own.cpu+u.cpu, own.allocated+u.allocated
-				dials += dialed.Load()
-			}
-			report := func(unit string, own, other, scale float64) {
-				if own > 0 && other > 0 {
-					b.ReportMetric(own/scale, unit)
-					b.ReportMetric(own/other, strings.Split(unit, "-")[0]+"/httputil")
-				}
-			}
-			report("cpu-µs/op", own.cpu, other.cpu, 1e3*float64(b.N))
-			report("memory-KiB/op", own.allocated, other.allocated, 1024*float64(b.N))
-			report(sampled, median(p.samples), median(reference.samples), 1)
-			b.ReportMetric(1000*float64(dials)/float64(b.N), "dials/1000op")
-		})
-	}
-}
-
-func median(values []float64) float64 {
-	if len(values) == 0 {
-		return 0
-	}
-	slices.Sort(values)
-	return values[len(values)/2]
-}
-
-// post sends body through p and returns the answer's body; size is -1 if its length isn't said.
-func (p *benchPeer) post(b *testing.B, path string, body io.Reader, size int64) io.ReadCloser {
-	req, _ := http.NewRequest("POST", p.url+"/openai/"+path, body)
-	req.ContentLength = size
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := p.client.Do(req)
-	if err != nil || resp.StatusCode != 200 {
-		b.Error(resp, err)
-		return io.NopCloser(strings.NewReader(""))
-	}
-	return resp.Body
-}
-
-func BenchmarkSmallJSON(b *testing.B) {
-	question, answer := bytes.Repeat([]byte("q"), 2<<10), bytes.Repeat([]byte("a"), 1<<10)
-	for _, clients := range []int{1, 32, 256} {
-		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
-			comparePeers(b, "", func(w http.ResponseWriter, r *http.Request) {
-				io.Copy(io.Discard, r.Body)
-				w.Header().Set("Content-Type", "application/json")
-				w.Write(answer)
-			}, func(b *testing.B, p *benchPeer, n int) {
-				var left atomic.Int64
-				left.Store(int64(n))
-				var all sync.WaitGroup
-				for range min(n, clients) {
-					all.Add(1)
-					go func() {
-						defer all.Done()
-						for left.Add(-1) >= 0 {
-							body := p.post(b, "chat", bytes.NewReader(question), int64(len(question)))
-							if got, err := io.Copy(io.Discard, body); err != nil || got != int64(len(answer)) {
-								b.Errorf("got %d bytes and %v, want %d", got, err, len(answer))
-							}
-							body.Close()
-						}
-					}()
-				}
-				all.Wait()
-			})
-		})
-	}
-}
-
-var benchEvent = []byte("data: " + strings.Repeat("x", 200) + "\n\n")
-
-// streamEvents is an upstream that sends as many events as the path's last segment says, each
-// when before, which may be nil, returns.
-func streamEvents(before func()) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		w.Header().Set("Content-Type", "text/event-stream")
-		w.(http.Flusher).Flush() // the head, which the client waits for
-		n, _ := strconv.Atoi(r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:])
-		for range n {
-			if before != nil {
-				before()
-			}
-			w.Write(benchEvent)
-			w.(http.Flusher).Flush()
-		}
-	}
-}
-
-// BenchmarkLockStepSSE takes the time from the upstream's write of an event to the client's read.
-func BenchmarkLockStepSSE(b *testing.B) {
-	read, sent := make(chan bool), make(chan time.Time, 1)
-	comparePeers(b, "delay-µs", streamEvents(func() {
-		<-read
-		sent <- time.Now()
-	}), func(b *testing.B, p *benchPeer, n int) {
-		body := p.post(b, strconv.Itoa(n), nil, 0)
-		defer body.Close()
-		event := make([]byte, len(benchEvent))
-		for range n {
-			read <- true
-			if _, err := io.ReadFull(body, event); err != nil {
-				b.Fatal(err)
-			}
-			p.samples = append(p.samples, float64(time.Since(<-sent).Nanoseconds())/1e3)
-		}
-		io.Copy(io.Discard, body)
-	})
-}
-
-func BenchmarkFastSSE(b *testing.B) {
-	comparePeers(b, "", streamEvents(nil), func(b *testing.B, p *benchPeer, n int) {
-		body := p.post(b, strconv.Itoa(n), nil, 0)
-		defer body.Close()
-		if got, err := io.Copy(io.Discard, body); err != nil || got != int64(n*len(benchEvent)) {
-			b.Errorf("got %d bytes and %v, want %d events", got, err, n)
-		}
-	})
-}
-
-// waitingStreams is an upstream whose streams send one event and then nothing until the client
-// leaves; open counts them.
-func waitingStreams(open *sync.WaitGroup) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		open.Add(1)
-		defer open.Done()
-		w.Header().Set("Content-Type", "text/event-stream")
-		w.Write(benchEvent)
-		w.(http.Flusher).Flush()
-		<-r.Context().Done()
-	}
-}
-
-// openStreams opens n streams, a few at a time, reads each one's event and returns their end.
-func openStreams(b *testing.B, p *benchPeer, n int, open *sync.WaitGroup) (leave func()) {
-	bodies := make(chan io.ReadCloser, n)
-	var left atomic.Int64
-	left.Store(int64(n))
-	var all sync.WaitGroup
-	for range min(n, 8) {
-		all.Add(1)
-		go func() {
-			defer all.Done()
-			for left.Add(-1) >= 0 {
-				body := p.post(b, "stream", nil, 0)
-				io.ReadFull(body, make([]byte, len(benchEvent)))
-				bodies <- body
-			}
-		}()
-	}
-	all.Wait()
-	close(bodies)
-	return func() {
-		for body := range bodies {
-			body.Close()
-		}
-		open.Wait()
-	}
-}
-
-// BenchmarkOpenStream opens streams, up to its first event, while none is idle to be used again.
-func BenchmarkOpenStream(b *testing.B) {
-	var open sync.WaitGroup
-	comparePeers(b, "", waitingStreams(&open), func(b *testing.B, p *benchPeer, n int) {
-		for ; n > 0; n -= 100 {
-			openStreams(b, p, min(n, 100), &open)()
-		}
-	})
-}
-
-// BenchmarkHeldStream takes what a proxy holds, heap and stacks, for each of 1,000 open streams.
-func BenchmarkHeldStream(b *testing.B) {
-	const streams = 1000
-	var open sync.WaitGroup
-	comparePeers(b, "held-KiB/stream", waitingStreams(&open), func(b *testing.B, p *benchPeer, n int) {
-		for range n {
-			before := p.usage("collect")
-			leave := openStreams(b, p, streams, &open)
-			p.samples = append(p.samples, (p.usage("collect").held-before.held)/streams/1024)
-			leave()
-		}
-	})
-}
-
+// zeros has no end.
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
-
-// BenchmarkBulk takes 256 MiB up and down.
-func BenchmarkBulk(b *testing.B) {
-	const size = 256 << 20
-	for _, way := range []string{"up", "down"} {
-		b.Run(way, func(b *testing.B) {
-			comparePeers(b, "", func(w http.ResponseWriter, r *http.Request) {
-				io.Copy(io.Discard, r.Body)
-				if way == "down" {
-					w.Header().Set("Content-Length", strconv.Itoa(size))
-					io.CopyN(w, zeros{}, size)
-				}
-			}, func(b *testing.B, p *benchPeer, n int) {
-				b.SetBytes(size)
-				for range n {
-					var body io.ReadCloser
-					if way == "up" {
-						body = p.post(b, way, io.LimitReader(zeros{}, size), size)
-					} else {
-						body = p.post(b, way, nil, 0)
-					}
-					got, err := io.Copy(io.Discard, body)
-					if err != nil || way == "down" && got != size {
-						b.Errorf("got %d bytes and %v", got, err)
-					}
-					body.Close()
-				}
-			})
-		})
-	}
-}

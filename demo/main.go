@@ -1,0 +1,636 @@
+// Demo runs aoai-proxy without Azure, as a user would run it:
+//
+//	make demo             # or go run ./demo
+//	go run ./demo -once   # checks itself and ends, for CI
+//
+// It starts a stand-in for Azure on loopback ports, builds the real program,
+// starts it in front of the stand-in, has one chat through it, and prints lines
+// to paste into another terminal. PORT and EXPECTED_KEY are the proxy's own.
+// Ctrl-C ends it; what it made is gone then.
+//
+// The stand-in is an identity endpoint (IMDS), which gives tokens, and an Azure
+// OpenAI resource, which accepts nothing else: models, chat completions and
+// responses, embeddings and a realtime WebSocket that echoes. It says one
+// sentence and knows no other.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha1"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	once := flag.Bool("once", false, "check the answers and end")
+	flag.Parse()
+	if err := run(*once); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}
+
+// onceTime bounds -once, the build of the proxy included.
+const onceTime = 3 * time.Minute
+
+func run(once bool) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	settings := map[string]string{
+		"PORT":            os.Getenv("PORT"),
+		"EXPECTED_KEY":    os.Getenv("EXPECTED_KEY"),
+		"AZURE_LOG_LEVEL": "debug",
+	}
+	azure := &standIn{pause: 60 * time.Millisecond}
+	if once {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, onceTime)
+		defer cancel()
+		settings["PORT"], settings["HOST"], settings["EXPECTED_KEY"] = "0", "127.0.0.1", "the-key"
+		azure.pause = 0
+	}
+
+	identityURL, err := serve(http.HandlerFunc(azure.identity))
+	if err != nil {
+		return err
+	}
+	resourceURL, err := serve(http.HandlerFunc(azure.resource))
+	if err != nil {
+		return err
+	}
+	settings["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = identityURL
+	settings["TARGET_URL"] = resourceURL + "/openai/"
+
+	p, err := startProxy(ctx, settings)
+	if err != nil {
+		return err
+	}
+	defer p.stop()
+	client := &client{base: p.url, key: settings["EXPECTED_KEY"]}
+	if client.key == "" {
+		client.key = "anything"
+	}
+	if once {
+		return client.check(ctx)
+	}
+	if err := client.showChat(ctx); err != nil {
+		return err
+	}
+	fmt.Printf(pasteLines, p.url, client.key)
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-p.ended:
+		return errors.New("the proxy has ended")
+	}
+}
+
+// pasteLines are for other clients; 1 is the proxy's URL and 2 its key.
+const pasteLines = `
+The proxy is up until Ctrl-C. Paste into another terminal:
+
+curl:
+    curl -N %[1]s/v1/chat/completions -H 'api-key: %[2]s' -H 'Content-Type: application/json' \
+      -d '{"model":"gpt-4o","stream":true,"messages":[{"role":"user","content":"Who are you?"}]}'
+
+OpenAI SDK (npm install openai):
+    OPENAI_BASE_URL=%[1]s/v1 OPENAI_API_KEY=%[2]s node --input-type=module -e '
+      import OpenAI from "openai"; const ai = new OpenAI();
+      const stream = await ai.chat.completions.create({ model: "gpt-4o", stream: true,
+        messages: [{ role: "user", content: "Who are you?" }] });
+      for await (const part of stream) process.stdout.write(part.choices[0]?.delta?.content ?? "");'
+
+codex (npm install -g @openai/codex):
+    AZURE_API_KEY=%[2]s codex exec --skip-git-repo-check -m gpt-5-codex -c model_provider=azure \
+      -c model_providers.azure.name=Azure -c model_providers.azure.base_url=%[1]s/v1 \
+      -c model_providers.azure.env_key=AZURE_API_KEY -c model_providers.azure.wire_api=responses \
+      'Who are you?'
+
+`
+
+// serve answers on a free loopback port until the demo ends.
+func serve(handler http.Handler) (url string, err error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	go http.Serve(ln, handler)
+	return "http://" + ln.Addr().String(), nil
+}
+
+// proxy is the real program, as a process of its own.
+type proxy struct {
+	url   string // "http://127.0.0.1:8081"
+	dir   string // holds the binary, and is its working directory
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when the process has ended
+}
+
+// startProxy builds the program and waits until it listens. Its log goes to
+// this program's standard error. It gets no environment but its settings and
+// what a system needs, so that neither a .env file nor a proxy of the user's
+// comes between.
+func startProxy(ctx context.Context, settings map[string]string) (*proxy, error) {
+	root, err := moduleRoot(ctx)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp("", "aoai-proxy-demo")
+	if err != nil {
+		return nil, err
+	}
+	p := &proxy{dir: dir, ended: make(chan struct{})}
+	binary := filepath.Join(dir, "aoai-proxy")
+	if runtime.GOOS == "windows" {
+		binary += ".exe"
+	}
+	build := exec.CommandContext(ctx, "go", "build", "-o", binary, ".")
+	build.Dir = root
+	if out, err := build.CombinedOutput(); err != nil {
+		os.RemoveAll(dir)
+		return nil, fmt.Errorf("building the proxy: %w\n%s", err, out)
+	}
+
+	p.cmd = exec.Command(binary)
+	p.cmd.Dir = dir
+	for _, name := range []string{"PATH", "HOME", "SystemRoot", "TEMP", "TMP"} {
+		p.cmd.Env = append(p.cmd.Env, name+"="+os.Getenv(name))
+	}
+	for name, value := range settings {
+		p.cmd.Env = append(p.cmd.Env, name+"="+value)
+	}
+	stderr, err := p.cmd.StderrPipe()
+	if err == nil {
+		err = p.cmd.Start()
+	}
+	if err != nil {
+		os.RemoveAll(dir)
+		return nil, fmt.Errorf("starting the proxy: %w", err)
+	}
+
+	addr := make(chan string, 1)
+	go p.follow(stderr, addr)
+	select {
+	case found := <-addr:
+		p.url = "http://" + found
+		return p, nil
+	case <-p.ended:
+		p.stop()
+		return nil, errors.New("the proxy did not start; its log says why")
+	case <-ctx.Done():
+		p.stop()
+		return nil, errors.New("the proxy does not listen")
+	}
+}
+
+// moduleRoot is the directory of aoai-proxy's go.mod.
+func moduleRoot(ctx context.Context) (string, error) {
+	const format = "{{if .Main}}{{.Path}} {{.Dir}}{{end}}"
+	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", format).Output()
+	dir, ok := strings.CutPrefix(strings.TrimSpace(string(out)), "aoai-proxy ")
+	if err != nil || !ok {
+		return "", errors.New("run it in a checkout of aoai-proxy")
+	}
+	return dir, nil
+}
+
+// follow copies the proxy's log to standard error, and finds in it the address
+// on which the proxy listens.
+func (p *proxy) follow(log io.Reader, addr chan<- string) {
+	for lines := bufio.NewScanner(log); lines.Scan(); {
+		fmt.Fprintln(os.Stderr, lines.Text())
+		_, rest, ok := strings.Cut(lines.Text(), "proxy listening on ")
+		if !ok {
+			continue
+		}
+		found, _, _ := strings.Cut(rest, " ")
+		if strings.HasPrefix(found, ":") {
+			found = "127.0.0.1" + found // it listens on every interface
+		}
+		select {
+		case addr <- found:
+		default: // the first of several addresses will do
+		}
+	}
+	p.cmd.Wait()
+	close(p.ended)
+}
+
+// stop ends the proxy at once: two signals cut its drain short. Windows has no
+// signal that one process can send to another.
+func (p *proxy) stop() {
+	for range 2 {
+		if runtime.GOOS == "windows" || p.cmd.Process.Signal(syscall.SIGTERM) != nil {
+			p.cmd.Process.Kill()
+		}
+		select {
+		case <-p.ended:
+		case <-time.After(time.Second):
+		}
+	}
+	<-p.ended
+	os.RemoveAll(p.dir)
+}
+
+// client speaks to the proxy as an SDK would.
+type client struct {
+	base string // "http://127.0.0.1:8081"
+	key  string
+}
+
+const chatBody = `{"model":"gpt-4o","stream":true,"messages":[{"role":"user","content":"Who?"}]}`
+
+func (c *client) post(ctx context.Context, path, body string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path,
+		strings.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("api-key", c.key)
+	req.Header.Set("Content-Type", "application/json")
+	// This transport uses no proxy of the environment.
+	return (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+}
+
+// showChat prints an answer word by word as it arrives.
+func (c *client) showChat(ctx context.Context) error {
+	fmt.Print("\nThe stand-in's answer, word by word as it arrives:\n\n    ")
+	text, err := c.chat(ctx, "/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
+		func(word string) { fmt.Print(word) })
+	fmt.Println()
+	if err == nil && text != sentence {
+		err = fmt.Errorf("the client was told %q, not %q", text, sentence)
+	}
+	return err
+}
+
+// chat has one streamed chat, and calls heard with each piece of the answer.
+func (c *client) chat(ctx context.Context, path string, heard func(string)) (string, error) {
+	resp, err := c.post(ctx, path, chatBody)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		body, _ := io.ReadAll(resp.Body)
+		return "", fmt.Errorf("%s: %s", resp.Status, body)
+	}
+	var text strings.Builder
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		data, _ := strings.CutPrefix(lines.Text(), "data: ")
+		var chunk struct {
+			Choices []struct{ Delta struct{ Content string } }
+		}
+		if json.Unmarshal([]byte(data), &chunk) == nil && len(chunk.Choices) > 0 {
+			heard(chunk.Choices[0].Delta.Content)
+			text.WriteString(chunk.Choices[0].Delta.Content)
+		}
+	}
+	return text.String(), nil
+}
+
+// check is -once: it tries each kind of answer, and a wrong key.
+func (c *client) check(ctx context.Context) error {
+	checks := []struct {
+		name string
+		try  func() error
+	}{
+		{"streamed chat", func() error {
+			text, err := c.chat(ctx, "/v1/chat/completions", func(string) {})
+			return expect(err, text, sentence)
+		}},
+		{"chat in one piece", func() error {
+			return c.checkPost(ctx, "/v1/chat/completions", `{"model":"gpt-4o"}`, 200, sentence)
+		}},
+		{"streamed response", func() error {
+			return c.checkPost(ctx, "/v1/responses", `{"stream":true}`, 200, "response.completed")
+		}},
+		{"wrong key", func() error {
+			stranger := &client{base: c.base, key: "wrong"}
+			return stranger.checkPost(ctx, "/v1/responses", `{}`, 401, "invalid_api_key")
+		}},
+		{"WebSocket", func() error { return c.checkEcho(ctx) }},
+	}
+	for _, check := range checks {
+		if err := check.try(); err != nil {
+			return fmt.Errorf("%s: %w", check.name, err)
+		}
+		fmt.Println("ok  ", check.name)
+	}
+	return nil
+}
+
+// expect is an error unless err is nil and text contains want.
+func expect(err error, text, want string) error {
+	if err == nil && !strings.Contains(text, want) {
+		err = fmt.Errorf("got %q, without %q", text, want)
+	}
+	return err
+}
+
+func (c *client) checkPost(ctx context.Context, path, body string, status int, want string) error {
+	resp, err := c.post(ctx, path, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != status {
+		err = fmt.Errorf("got %s, not %d", resp.Status, status)
+	}
+	return expect(err, string(text), want)
+}
+
+// checkEcho opens a WebSocket and has a message echoed.
+func (c *client) checkEcho(ctx context.Context) error {
+	conn, err := net.Dial("tcp", strings.TrimPrefix(c.base, "http://"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		conn.SetDeadline(deadline)
+	}
+	fmt.Fprintf(conn, "GET /v1/realtime?model=gpt-realtime HTTP/1.1\r\nHost: 127.0.0.1\r\n"+
+		"Api-Key: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", c.key)
+	r := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		return fmt.Errorf("got %s", resp.Status)
+	}
+	_, greeting, err := readFrame(r)
+	if err := expect(err, string(greeting), "session.created"); err != nil {
+		return err
+	}
+	writeFrame(conn, 1, []byte("hello"))
+	_, echo, err := readFrame(r)
+	return expect(err, string(echo), "hello")
+}
+
+// sentence is all that the stand-in says.
+const sentence = "I am a stand-in for Azure OpenAI, " +
+	"and I saw a managed-identity token instead of your key."
+
+// accessToken is the one that the stand-in gives and takes. It looks like a JWT
+// that says whose it is, but nobody has signed it.
+var accessToken = "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(
+	`{"aud":"https://cognitiveservices.azure.com","tid":"tenant-of-the-demo",`+
+		`"oid":"11111111-2222-3333-4444-555555555555","appid":"app-of-the-demo"}`)) +
+	".c2lnbmF0dXJl"
+
+// standIn looks like Azure to clients.
+type standIn struct {
+	pause time.Duration // between two words
+}
+
+// object is a JSON object.
+type object = map[string]any
+
+// identity is IMDS, whose numbers are strings.
+func (s *standIn) identity(w http.ResponseWriter, r *http.Request) {
+	if r.Header.Get("Metadata") != "true" {
+		writeJSON(w, http.StatusBadRequest, object{"error": "invalid_request",
+			"error_description": "Required metadata header not specified"})
+		return
+	}
+	const life = 24 * time.Hour
+	writeJSON(w, http.StatusOK, object{
+		"access_token": accessToken,
+		"client_id":    "app-of-the-demo",
+		"expires_in":   fmt.Sprint(int(life.Seconds())),
+		"expires_on":   fmt.Sprint(time.Now().Add(life).Unix()),
+		"resource":     "https://cognitiveservices.azure.com",
+		"token_type":   "Bearer",
+	})
+}
+
+// resource is Azure OpenAI. It accepts its token and no key.
+func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("apim-request-id", fmt.Sprintf("demo-%d", time.Now().UnixNano()))
+	if r.Header.Get("Authorization") != "Bearer "+accessToken || r.Header.Get("Api-Key") != "" {
+		writeError(w, http.StatusUnauthorized, "401",
+			"Access token is missing, invalid, audience is incorrect or have expired.")
+		return
+	}
+	path := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/openai"), "/v1")
+	if strings.HasPrefix(path, "/deployments/") {
+		path = "/" + strings.Join(strings.Split(path, "/")[3:], "/")
+	}
+	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") && path != "/realtime" {
+		// codex goes on over HTTP then.
+		writeError(w, http.StatusUpgradeRequired, "426", "no WebSocket here")
+		return
+	}
+	var request struct {
+		Model    string
+		Stream   bool
+		Encoding string `json:"encoding_format"`
+	}
+	body, _ := io.ReadAll(r.Body)
+	json.Unmarshal(body, &request)
+	switch path {
+	case "/chat/completions":
+		s.chat(w, request.Model, request.Stream)
+	case "/responses":
+		s.responses(w, request.Model, request.Stream)
+	case "/embeddings":
+		embeddings(w, request.Encoding)
+	case "/models":
+		models := []object{
+			{"id": "gpt-4o", "object": "model"},
+			{"id": "gpt-5-codex", "object": "model"},
+		}
+		writeJSON(w, http.StatusOK, object{"object": "list", "data": models, "models": []any{}})
+	case "/realtime":
+		realtime(w, r)
+	default:
+		writeError(w, http.StatusNotFound, "404", "Resource not found")
+	}
+}
+
+func writeJSON(w http.ResponseWriter, status int, body object) {
+	text, _ := json.Marshal(body)
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	w.Write(text)
+}
+
+func writeError(w http.ResponseWriter, status int, code, message string) {
+	writeJSON(w, status, object{"error": object{"code": code, "message": message}})
+}
+
+// chat answers a chat completion.
+func (s *standIn) chat(w http.ResponseWriter, model string, stream bool) {
+	message := func(key string, content object, finish any) object {
+		choice := object{"index": 0, key: content, "finish_reason": finish}
+		return object{"id": "chatcmpl-demo", "object": "chat.completion.chunk",
+			"created": 1760000000, "model": model, "choices": []object{choice}}
+	}
+	if !stream {
+		answer := message("message", object{"role": "assistant", "content": sentence}, "stop")
+		answer["object"] = "chat.completion"
+		writeJSON(w, http.StatusOK, answer)
+		return
+	}
+	w.Header().Set("Content-Type", "text/event-stream")
+	s.sendEvent(w, "", message("delta", object{"role": "assistant", "content": ""}, nil))
+	for _, word := range strings.SplitAfter(sentence, " ") {
+		s.sendEvent(w, "", message("delta", object{"content": word}, nil))
+	}
+	s.sendEvent(w, "", message("delta", object{}, "stop"))
+	io.WriteString(w, "data: [DONE]\n\n")
+}
+
+// sendEvent writes one server-sent event and flushes it.
+func (s *standIn) sendEvent(w http.ResponseWriter, name string, data object) {
+	if name != "" {
+		fmt.Fprintf(w, "event: %s\n", name)
+	}
+	text, _ := json.Marshal(data)
+	fmt.Fprintf(w, "data: %s\n\n", text)
+	http.NewResponseController(w).Flush()
+	time.Sleep(s.pause)
+}
+
+// responses answers on the Responses API, whose stream has an event for the
+// beginning and the end of every part.
+func (s *standIn) responses(w http.ResponseWriter, model string, stream bool) {
+	part := object{"type": "output_text", "text": sentence, "annotations": []any{}}
+	item := object{"id": "msg_demo", "type": "message", "status": "completed",
+		"role": "assistant", "content": []any{part}}
+	response := object{"id": "resp_demo", "object": "response", "created_at": 1760000000,
+		"model": model, "status": "completed", "output": []any{item},
+		"usage": object{"input_tokens": 3, "output_tokens": 17, "total_tokens": 20,
+			"input_tokens_details":  object{"cached_tokens": 0},
+			"output_tokens_details": object{"reasoning_tokens": 0}}}
+	if !stream {
+		writeJSON(w, http.StatusOK, response)
+		return
+	}
+	w.Header().Set("Content-Type", "text/event-stream")
+	number := 0
+	send := func(kind string, fields object) {
+		fields["type"], fields["sequence_number"] = kind, number
+		number++
+		s.sendEvent(w, kind, fields)
+	}
+	ofPart := func(fields object) object {
+		fields["item_id"], fields["output_index"], fields["content_index"] = "msg_demo", 0, 0
+		return fields
+	}
+	send("response.created", object{"response": object{"id": "resp_demo", "object": "response",
+		"created_at": 1760000000, "model": model, "status": "in_progress", "output": []any{}}})
+	send("response.output_item.added", object{"output_index": 0, "item": object{"id": "msg_demo",
+		"type": "message", "status": "in_progress", "role": "assistant", "content": []any{}}})
+	send("response.content_part.added", ofPart(object{"part": object{"type": "output_text",
+		"text": "", "annotations": []any{}}}))
+	for _, word := range strings.SplitAfter(sentence, " ") {
+		send("response.output_text.delta", ofPart(object{"delta": word}))
+	}
+	send("response.output_text.done", ofPart(object{"text": sentence}))
+	send("response.content_part.done", ofPart(object{"part": part}))
+	send("response.output_item.done", object{"output_index": 0, "item": item})
+	send("response.completed", object{"response": response})
+}
+
+// embeddings answers with three numbers, or with them as the SDKs ask for
+// them: 32-bit floats, little-endian, in base64.
+func embeddings(w http.ResponseWriter, encoding string) {
+	var vector any = []float32{0.5, -0.25, 0.125}
+	if encoding == "base64" {
+		var buf bytes.Buffer
+		binary.Write(&buf, binary.LittleEndian, vector)
+		vector = base64.StdEncoding.EncodeToString(buf.Bytes())
+	}
+	data := []object{{"object": "embedding", "index": 0, "embedding": vector}}
+	writeJSON(w, http.StatusOK, object{"object": "list", "model": "text-embedding-3-small",
+		"data": data, "usage": object{"prompt_tokens": 3, "total_tokens": 3}})
+}
+
+// realtime accepts a WebSocket (RFC 6455 §4.2.2), greets as the Realtime API
+// does, and then echoes each message.
+func realtime(w http.ResponseWriter, r *http.Request) {
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	const guid = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + guid))
+	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"+
+		"Connection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n",
+		base64.StdEncoding.EncodeToString(sum[:]))
+	protocol, _, _ := strings.Cut(r.Header.Get("Sec-WebSocket-Protocol"), ",")
+	if protocol != "" {
+		fmt.Fprintf(conn, "Sec-WebSocket-Protocol: %s\r\n", protocol)
+	}
+	io.WriteString(conn, "\r\n")
+	writeFrame(conn, 1, []byte(`{"type":"session.created","event_id":"event_1",`+
+		`"session":{"id":"sess_demo","object":"realtime.session"}}`))
+	for {
+		opcode, payload, err := readFrame(buffered.Reader)
+		if err != nil || opcode == 8 { // 8 is a Close frame
+			writeFrame(conn, 8, nil)
+			return
+		}
+		writeFrame(conn, opcode, payload)
+	}
+}
+
+// writeFrame writes a WebSocket message of one unmasked frame (RFC 6455 §5.2).
+func writeFrame(w io.Writer, opcode byte, payload []byte) {
+	head := []byte{0x80 | opcode, byte(len(payload))}
+	if len(payload) > 125 {
+		head = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 126}, uint16(len(payload)))
+	}
+	w.Write(append(head, payload...))
+}
+
+// readFrame reads a frame, masked or not, of up to 64 KiB.
+func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
+	var head [2]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return 0, nil, err
+	}
+	length := int(head[1] & 0x7f)
+	if length == 126 {
+		var long [2]byte
+		if _, err := io.ReadFull(r, long[:]); err != nil {
+			return 0, nil, err
+		}
+		length = int(binary.BigEndian.Uint16(long[:]))
+	}
+	var mask [4]byte
+	if head[1]&0x80 != 0 {
+		if _, err := io.ReadFull(r, mask[:]); err != nil {
+			return 0, nil, err
+		}
+	}
+	payload = make([]byte, length)
+	_, err = io.ReadFull(r, payload)
+	for i := range payload {
+		payload[i] ^= mask[i%4]
+	}
+	return head[0] & 0x0f, payload, err
+}
