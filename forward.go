@@ -136,8 +136,9 @@ func set(names ...string) map[string]bool {
 const lingerTime = time.Second
 
 // smallBody is the longest request body, in bytes, that is read before it is
-// sent. It leaves together with the head, and the transport can send it again
-// if the idle connection that it took turns out to be closed.
+// sent. It leaves together with the head. The transport can also send it over
+// another connection, if an idle one turns out to be closed before a byte was
+// written. After that a POST is never sent again.
 const smallBody = 256 << 10
 
 // earlyAnswerTime is how long a failed upload waits for an answer.

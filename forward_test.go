@@ -1,5 +1,10 @@
 package main
 
+// The tests of main.go and forward.go: first helpers and fakes, then main.go
+// (settings, start, routes, stop, -check), then forward.go in the order of
+// ServeHTTP's paragraphs, and last the fuzz targets. The fake identity endpoint
+// is in imds_test.go.
+
 import (
 	"bufio"
 	"bytes"
@@ -52,6 +57,117 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// Helpers and fakes.
+
+// safetyNet ends a test that would hang; no test waits for it.
+const safetyNet = 20 * time.Second
+
+type vars = map[string]string
+
+// nobody listens there: it is a port below 1024 that no test is given.
+const nobody = "http://127.0.0.1:1"
+
+// noIdentity is what IMDS says on a host without one.
+const noIdentity = `{"error":"invalid_request","error_description":"Identity not found"}`
+
+// testLog is a log, as a whole and line by line as it is written.
+type testLog struct {
+	mu    sync.Mutex
+	text  strings.Builder
+	seen  int           // bytes of text that waitFor has passed
+	ended bool          // nothing will be added
+	grown chan struct{} // closed and replaced when one of the above changes
+}
+
+func newTestLog() *testLog { return &testLog{grown: make(chan struct{})} }
+
+// followLog has the log of the test go to a testLog.
+func followLog(t testing.TB) *testLog {
+	l := newTestLog()
+	log.SetOutput(l)
+	t.Cleanup(func() { log.SetOutput(os.Stderr) })
+	return l
+}
+
+func (l *testLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.text.Write(p)
+	close(l.grown)
+	l.grown = make(chan struct{})
+	return len(p), nil
+}
+
+func (l *testLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// end says that nothing will be added.
+func (l *testLog) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ended = true
+	close(l.grown)
+	l.grown = make(chan struct{})
+}
+
+// next returns the next line that was not seen yet. Without one it returns a
+// channel that is closed when there may be one, or nil if the log has ended.
+func (l *testLog) next() (line string, ok bool, grown chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	line, _, ok = strings.Cut(l.text.String()[l.seen:], "\n")
+	if ok {
+		l.seen += len(line) + 1
+		return line, true, nil
+	}
+	if l.ended {
+		return "", false, nil
+	}
+	return "", false, l.grown
+}
+
+// waitFor returns the first line from here on that contains text, and the
+// lines before it.
+func (l *testLog) waitFor(t testing.TB, text string) (line string, before []string) {
+	t.Helper()
+	timeout := time.After(safetyNet)
+	for {
+		line, ok, grown := l.next()
+		switch {
+		case ok && strings.Contains(line, text):
+			return line, before
+		case ok:
+			before = append(before, line)
+		case grown == nil:
+			t.Fatalf("the log ended without %q: %q", text, before)
+		default:
+			select {
+			case <-grown:
+			case <-timeout:
+				t.Fatalf("no %q in the log: %q", text, before)
+			}
+		}
+	}
+}
+
+// rest waits for the end, and returns the lines that were not seen yet.
+func (l *testLog) rest() (lines []string) {
+	for {
+		line, ok, grown := l.next()
+		switch {
+		case ok:
+			lines = append(lines, line)
+		case grown == nil:
+			return lines
+		default:
+			<-grown
+		}
+	}
+}
+
 // testProxy is a proxy on a loopback address, started the way the program starts it.
 type testProxy struct {
 	*service
@@ -63,7 +179,8 @@ type testProxy struct {
 
 // startProxy starts a proxy with the settings env in front of upstream; a PORT of 0, and identity
 // as IMDS, unless env says otherwise.
-func startProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server, env map[string]string) *testProxy {
+func startProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server,
+	env vars) *testProxy {
 	t.Helper()
 	p := newTestProxy(t, identity, upstream, env)
 	p.start(t)
@@ -71,11 +188,13 @@ func startProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server,
 }
 
 // newTestProxy is startProxy up to the start.
-func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server, env map[string]string) *testProxy {
+func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Server,
+	env vars) *testProxy {
 	t.Helper()
-	settings := map[string]string{
+	settings := vars{
 		"TARGET_URL":                        upstream.URL + "/openai/",
 		"PORT":                              "0",
+		"HOST":                              "127.0.0.1",
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
 	}
 	for name, value := range env {
@@ -91,7 +210,8 @@ func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Serve
 		stopped: make(chan struct{}),
 	}
 	if upstream.TLS != nil {
-		p.forwarder.transport.TLSClientConfig.RootCAs = upstream.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+		client := upstream.Client().Transport.(*http.Transport).TLSClientConfig
+		p.forwarder.transport.TLSClientConfig.RootCAs = client.RootCAs
 	}
 	return p
 }
@@ -99,6 +219,13 @@ func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Serve
 func (p *testProxy) start(t testing.TB) {
 	t.Helper()
 	listeners, err := listen(p.cfg)
+	// With PORT=0 a port that is free on one address may be taken on the next.
+	for range 10 {
+		if err == nil || len(p.cfg.hosts) == 1 {
+			break
+		}
+		listeners, err = listen(p.cfg)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,88 +246,46 @@ func (p *testProxy) start(t testing.TB) {
 	})
 }
 
-// newUpstream is an Azure OpenAI resource on a loopback address.
-func newUpstream(t testing.TB, handler http.HandlerFunc) *httptest.Server {
+// dial connects to the proxy and writes text; {host} stands for the proxy's address. It returns the
+// connection, bounded in time, and a reader of it.
+func (p *testProxy) dial(t *testing.T, text string) (net.Conn, *bufio.Reader) {
 	t.Helper()
-	s := httptest.NewServer(handler)
-	t.Cleanup(func() {
-		s.CloseClientConnections()
-		s.Close()
-	})
-	return s
-}
-
-// logBuffer collects the log of a test.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func captureLog(t testing.TB) *logBuffer {
-	l := &logBuffer{}
-	log.SetOutput(l)
-	t.Cleanup(func() { log.SetOutput(os.Stderr) })
-	return l
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-type vars = map[string]string
-
-// safetyNet ends a test that would hang; no test waits for it.
-const safetyNet = 20 * time.Second
-
-// logLines is a log, line by line.
-type logLines chan string
-
-func (l logLines) Write(p []byte) (int, error) {
-	l <- strings.TrimSuffix(string(p), "\n")
-	return len(p), nil
-}
-
-// waitFor returns the first line from here on that contains text, and the lines before it.
-func (l logLines) waitFor(t testing.TB, text string) (line string, before []string) {
-	t.Helper()
-	timeout := time.After(safetyNet)
-	for {
-		select {
-		case line, ok := <-l:
-			if !ok {
-				t.Fatalf("the log ended without %q: %q", text, before)
-			}
-			if strings.Contains(line, text) {
-				return line, before
-			}
-			before = append(before, line)
-		case <-timeout:
-			t.Fatalf("no %q in the log: %q", text, before)
-		}
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
 	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(safetyNet))
+	if _, err := io.WriteString(conn, strings.ReplaceAll(text, "{host}", p.addr)); err != nil {
+		t.Fatal(err)
+	}
+	return conn, bufio.NewReader(conn)
 }
 
-// followLog gives the log of the test as it is written.
-func followLog(t testing.TB) logLines {
-	lines := make(logLines, 1000)
-	log.SetOutput(lines)
-	t.Cleanup(func() { log.SetOutput(os.Stderr) })
-	return lines
+// do writes one request as text and reads its answer.
+func (p *testProxy) do(t *testing.T, text string) (*http.Response, string) {
+	t.Helper()
+	_, r := p.dial(t, text)
+	method, _, _ := strings.Cut(text, " ")
+	resp, err := http.ReadResponse(r, &http.Request{Method: method})
+	for err == nil && resp.StatusCode == http.StatusContinue {
+		resp, err = http.ReadResponse(r, &http.Request{Method: method})
+	}
+	if err != nil {
+		t.Fatalf("no answer to %q: %v", text, err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("answer to %q cut: %v", text, err)
+	}
+	return resp, string(body)
 }
 
 // program is aoai-proxy as a process of its own.
 type program struct {
 	*exec.Cmd
 	stdout bytes.Buffer
-	stderr logLines // closed when the process has ended
+	stderr *testLog // ends with the process
 	pipe   io.Closer
 }
 
@@ -213,7 +298,7 @@ func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *progra
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), safetyNet)
-	p := &program{Cmd: exec.CommandContext(ctx, executable, args...), stderr: make(logLines, 1000)}
+	p := &program{Cmd: exec.CommandContext(ctx, executable, args...), stderr: newTestLog()}
 	p.Dir = t.TempDir()
 	if dotEnv != "" {
 		if err := os.WriteFile(filepath.Join(p.Dir, ".env"), []byte(dotEnv), 0o600); err != nil {
@@ -221,8 +306,8 @@ func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *progra
 		}
 	}
 	p.Env = []string{"AOAI_PROXY_TEST_MAIN=1",
-		"GORACE=atexit_sleep_ms=0", // or -race adds a second
-		"GOCOVERDIR=" + p.Dir}      // or -cover adds a line
+		"GORACE=atexit_sleep_ms=0", // with -race it would take a second more
+		"GOCOVERDIR=" + p.Dir}      // with -cover it would write a line
 	for name, value := range env {
 		p.Env = append(p.Env, name+"="+value)
 	}
@@ -236,10 +321,8 @@ func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *progra
 		t.Fatal(err)
 	}
 	go func() {
-		defer close(p.stderr)
-		for lines := bufio.NewScanner(stderr); lines.Scan(); {
-			p.stderr <- lines.Text()
-		}
+		io.Copy(p.stderr, stderr)
+		p.stderr.end()
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -248,11 +331,10 @@ func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *progra
 	return p
 }
 
-// end waits until the process ends, and returns its exit status and the rest of its stderr.
+// end waits until the process ends, and returns its exit status and the rest
+// of its stderr.
 func (p *program) end() (status int, stderr []string) {
-	for line := range p.stderr {
-		stderr = append(stderr, line)
-	}
+	stderr = p.stderr.rest()
 	p.Wait()
 	return p.ProcessState.ExitCode(), stderr
 }
@@ -266,448 +348,51 @@ func (p *program) listens(t testing.TB) string {
 	return addr
 }
 
-// nobody listens there: it is a port below 1024 that no test is given.
-const nobody = "http://127.0.0.1:1"
-
-// noIdentity is what IMDS says on a host without one.
-const noIdentity = `{"error":"invalid_request","error_description":"Identity not found"}`
-
-func TestSettings(t *testing.T) {
-	const scope = "https://cognitiveservices.azure"
-	tests := []struct{ name, variable, value, want string }{
-		{"defaults", "", "", "https://b.example/openai/ host= port=8081 key= scope=" + scope + ".com/.default debug=false"},
-		{"empty is unset", "PORT", "", "port=8081 "},
-		{"white space trimmed", "EXPECTED_KEY", "\tk\n", "key=k "},
-		{"white space around the target", "TARGET_URL", " https://b.example/openai/ \n", "https://b.example/openai/ "},
-		{"missing slash supplied", "TARGET_URL", "https://b.example/openai", "https://b.example/openai/ "},
-		{"escapes kept", "TARGET_URL", "https://b.example/a%2Fb/openai", "https://b.example/a%2Fb/openai/ "},
-		{"US Government", "TARGET_URL", "https://a.openai.azure.us/openai/", scope + ".us/.default "},
-		{"China, in capitals", "TARGET_URL", "https://A.OPENAI.AZURE.CN:443/openai/", scope + ".cn/.default "},
-		{"azure.us elsewhere in the host", "TARGET_URL", "https://azure.us.example/openai/", scope + ".com/.default "},
-		{"scope set", "AZURE_OPENAI_SCOPE", "https://ai.azure.com/.default", "scope=https://ai.azure.com/.default "},
-		{"http for localhost", "TARGET_URL", "http://localhost:1/openai", "http://localhost:1/openai/ "},
-		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
-		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
-		{"any port", "PORT", " 0", "port=0 "},
-		{"host in capitals", "TARGET_URL", "http://LOCALHOST:1/openai/", "http://localhost:1/openai/ "},
-		{"final dot", "TARGET_URL", "http://localhost.:1/openai/", "http://localhost.:1/openai/ "},
-		{"US Government, final dot", "TARGET_URL", "https://a.azure.us./openai/", scope + ".us/.default "},
-		{"proxy", "HTTPS_PROXY", "http://jane:Ses%25ame@127.0.0.1:3128", "port=8081"},
-		{"proxy without scheme", "HTTPS_PROXY", "proxy.example:3128", "port=8081"},
-		{"proxy, lower case", "https_proxy", "socks5://127.0.0.1", "port=8081"},
-		{"HTTP_PROXY, which is not used", "HTTP_PROXY", "http://jane:Ses%ame@127.0.0.1", "port=8081"},
-		{"debug in capitals", "AZURE_LOG_LEVEL", "DEBUG", "debug=true"},
-	}
-	for _, tt := range tests {
-		cfg, err := loadConfig(func(name string) string {
-			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
-		})
-		if err != nil {
-			t.Errorf("%s: %v", tt.name, err)
-			continue
-		}
-		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v", cfg.target, cfg.host, cfg.port, cfg.key, cfg.scope, cfg.debug)
-		if !strings.Contains(got, tt.want) {
-			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
-		}
-	}
-}
-
-func TestBadSettingIsNamedWithARightValue(t *testing.T) {
-	const encoded = "percent-encoded"
-	const aBase, https, zero = "https://my-aoai.openai.azure.com/openai/", "want https", "from 0 to 65535 such as 8081"
-	tests := []struct{ name, variable, value, right string }{
-		{"target unset", "TARGET_URL", "", aBase},
-		{"target without scheme", "TARGET_URL", "b.example/openai/", aBase},
-		{"target without host", "TARGET_URL", "https://:443/openai/", aBase},
-		{"target with a wrong escape", "TARGET_URL", "https://b.example/%zz-s3cret", aBase},
-		{"target with a space", "TARGET_URL", "https://b.example/ s3cret", aBase},
-		{"target with a line break", "TARGET_URL", "https://b.example/\ns3cret", aBase},
-		{"target that is a key", "TARGET_URL", "s3cret", aBase},
-		{"target for another protocol", "TARGET_URL", "ftp://b.example/openai/", aBase},
-		{"target with a password", "TARGET_URL", "https://user:s3cret@b.example/openai/", aBase},
-		{"target with a key", "TARGET_URL", "https://b.example/openai/?api-key=s3cret", aBase},
-		{"target with a fragment", "TARGET_URL", "https://b.example/openai/#s3cret", aBase},
-		{"target with a dot segment", "TARGET_URL", "https://b.example/openai/%2e%2E/s3cret", aBase},
-		{"http over a network", "TARGET_URL", "http://10.0.0.4/openai/", https},
-		{"http with a password", "TARGET_URL", "http://user:s3cret@b.example/openai/?api-key=s3cret", https},
-		{"http for a name that begins with localhost", "TARGET_URL", "http://localhost.example/openai/", https},
-		{"http for localhost with a long s", "TARGET_URL", "http://localho\u017ft:1/openai/", https},
-		{"http for a name that begins with 127.0.0.1", "TARGET_URL", "http://127.0.0.1.example/openai/", https},
-		{"target escaped twice", "TARGET_URL", "https://b.example/openai/%252e%252e/s3cret", aBase},
-		{"proxy with a bare %", "HTTPS_PROXY", "http://jane:s3cret%ame@127.0.0.1:3128", encoded},
-		{"proxy with a bare %, lower case", "https_proxy", "http://jane:s3cret%ame@127.0.0.1", encoded},
-		{"proxy with a bare #", "HTTPS_PROXY", "http://jane:s3cret#a@127.0.0.1:3128", encoded},
-		{"proxy with a bare /", "HTTPS_PROXY", "http://jane:s3cret/a@127.0.0.1:3128", encoded},
-		{"proxy with a bare %, no scheme", "HTTPS_PROXY", "jane:s3cret%ame@127.0.0.1:3128", encoded},
-		{"proxy of white space", "HTTPS_PROXY", "\t", encoded},
-		{"proxy in white space", "HTTPS_PROXY", " http://jane:s3cret@127.0.0.1:3128", encoded},
-		{"proxy with a bare # after digits", "HTTPS_PROXY", "http://s3cret:12#4@127.0.0.1:3128", encoded},
-		{"proxy with a bare / after digits", "HTTPS_PROXY", "http://s3cret:1/2@127.0.0.1:3128", encoded},
-		{"proxy for another protocol", "HTTPS_PROXY", "ftp://jane:s3cret@127.0.0.1", encoded},
-		{"port that is a name", "PORT", "http", zero},
-		{"port above 65535", "PORT", "65536", zero},
-		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
-		{"target with a port that does not exist", "TARGET_URL", "https://b.example:99999/openai/", aBase},
-		{"client id with a line break", "AZURE_CLIENT_ID", "1\ns3cret", "printable ASCII"},
-		{"header with a control character", "IDENTITY_HEADER", "s3cret\x01", "printable ASCII"},
-		{"IMDS with a port that does not exist", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "http://127.0.0.1:99999", "http://169.254.169.254"},
-		{"key beyond ASCII", "EXPECTED_KEY", "s3cret-ä", "printable ASCII"},
-		{"scope with a space", "AZURE_OPENAI_SCOPE", "https://a/.default https://b/.default", "https://cognitiveservices.azure.com/.default"},
-		{"IMDS without scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "169.254.169.254", "http://169.254.169.254"},
-		{"endpoint without its secret", "IDENTITY_ENDPOINT", "http://127.0.0.1/s3cret", "IDENTITY_HEADER"},
-		{"secret without its endpoint", "IDENTITY_HEADER", "s3cret", "set both"},
-	}
-	for _, tt := range tests {
-		_, err := loadConfig(func(name string) string {
-			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
-		})
-		if err == nil {
-			t.Errorf("%s: accepted", tt.name)
-			continue
-		}
-		text := err.Error()
-		if !strings.HasPrefix(text, tt.variable) || !strings.Contains(text, tt.right) {
-			t.Errorf("%s: got %q, want it to begin with %s and to contain %q", tt.name, text, tt.variable, tt.right)
-		}
-		if strings.Contains(text, "s3cret") || strings.ContainsAny(text, "\n\x01") {
-			t.Errorf("%s: the error shows a secret or has control characters: %q", tt.name, text)
-		}
-	}
-}
-
-func TestDotEnv(t *testing.T) {
-	tests := []struct{ name, text, want string }{
-		{"nothing", "", `map[]`},
-		{"plain", "PORT=1\nEXPECTED_KEY=x y", `map["EXPECTED_KEY":"x y" "PORT":"1"]`},
-		{"blank lines and comments", "\n# HOST=0\n  # HOST=0\n\nPORT=1\n", `map["PORT":"1"]`},
-		{"white space", " PORT = 1 \n\tHOST\t=\t2\t", `map["HOST":"2" "PORT":"1"]`},
-		{"export", "export PORT=1\n  export HOST='2'", `map["HOST":"2" "PORT":"1"]`},
-		{"export and a tab", "export\tPORT=1\nexport \t HOST=2", `map["HOST":"2" "PORT":"1"]`},
-		{"quotes", "PORT=\" 1 \"\nHOST=' \"2\" '", `map["HOST":" \"2\" " "PORT":" 1 "]`},
-		{"no escapes, no expansion", "PORT=\"\\n$HOME\"\nHOST=$(x)",
-			`map["HOST":"$(x)" "PORT":"\\n$HOME"]`},
-		{"empty", "PORT=\nHOST=''", `map["HOST":"" "PORT":""]`},
-		{"inline comment", "PORT=1 # one\nHOST='2' # two\nEXPECTED_KEY=\"3\"# three",
-			`map["EXPECTED_KEY":"3" "HOST":"2" "PORT":"1"]`},
-		{"# in a value", "PORT=1#2\nHOST='1 # 2'\nEXPECTED_KEY=#3",
-			`map["EXPECTED_KEY":"#3" "HOST":"1 # 2" "PORT":"1#2"]`},
-		{"CRLF", "PORT=1\r\nHOST='2'\r\n\r\n", `map["HOST":"2" "PORT":"1"]`},
-		{"BOM", "\ufeffPORT=1\nHOST=2", `map["HOST":"2" "PORT":"1"]`},
-		{"last one counts", "PORT=1\nPORT=2", `map["PORT":"2"]`},
-
-		{"others' names", "my-var=1\nPORT-X=1\nPORT.X\nHOSTNAME=h\nexport=3\nport=1", `map[]`},
-		{"others' forms", "FOO\nOTHER=a b\nA='1\n=1\nset PORT=1\n\xff\xff", `map[]`},
-		{"a PEM over lines", "KEY=\"-----BEGIN KEY-----\nMIIE+/=\n-----END KEY-----\"\nPORT=1",
-			`map["PORT":"1"]`},
-		{"what says whom to trust", "HTTPS_PROXY=http://p\nexport SSL_CERT_FILE=f\nno_proxy\n" +
-			"IDENTITY_ENDPOINT = u\nGODEBUG=x\nHTTPS_PROXY=q\nPORT=1", `map["GODEBUG":"" "HTTPS_PROXY":"" "IDENTITY_ENDPOINT":"" "PORT":"1" "SSL_CERT_FILE":"" "no_proxy":""]`},
-
-		{"no =", "EXPECTED_KEY s3cret", "line 1"},
-		{"name alone", "EXPECTED_KEY", "line 1"},
-		{"colon", "\nEXPECTED_KEY: s3cret", "line 2"},
-		{"no = after lines of all kinds", "# x\r\n\r\nA=1\r\nexport PORT s3cret", "line 4"},
-		{"open double quotes", "A=1\nEXPECTED_KEY=\"s3cret", "line 2"},
-		{"open single quotes", "EXPECTED_KEY='s3cret\"", "line 1"},
-		{"text after quotes", "EXPECTED_KEY='s3cret's3cret", "line 1"},
-		{"UTF-16", "\xff\xfeP\x00O\x00", "save it as UTF-8"},
-		{"UTF-16, big-endian", "\xfe\xff\x00P\x00O", "save it as UTF-8"},
-		{"UTF-16 without a mark", "P\x00O\x00", "save it as UTF-8"},
-	}
-	for _, tt := range tests {
-		values, err := parseDotEnv(tt.text)
-		got, want := fmt.Sprintf("%q", values), tt.want
-		if err != nil {
-			got = err.Error()
-		}
-		if strings.HasPrefix(want, "line") {
-			want += `: want NAME=value or NAME="value"`
-		}
-		if got != want && !(strings.HasPrefix(want, "save") && strings.Contains(got, want)) {
-			t.Errorf("%s: got %q, want %q", tt.name, got, want)
-		}
-	}
-}
-
-// FuzzDotEnv: what is read of a setting is in the file, and is read again from what it is written as;
-// an error depends on nothing but the number of a line.
-func FuzzDotEnv(f *testing.F) {
-	for _, seed := range []string{"", "PORT=1\nexport HOST='2' # two\r\n", "\ufeffPORT=\"1\"", "PORT='",
-		"x", "PORT=\x00", "=\n#", "export\tEXPECTED_KEY=k", "HTTPS_PROXY=p\nSSL_CERT_FILE"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		got, err := parseDotEnv(text)
-		if err != nil {
-			number, rest, _ := strings.Cut(strings.TrimPrefix(err.Error(), "line "), ":")
-			n, _ := strconv.Atoi(number)
-			inLine := n >= 1 && n <= 1+strings.Count(text, "\n") &&
-				rest == ` want NAME=value or NAME="value"`
-			if !inLine && !strings.HasPrefix(err.Error(), "is not UTF-8 text; ") {
-				t.Fatalf("%q: error %v", text, err)
-			}
-			return
-		}
-		for name, value := range got {
-			if !isKnown(name) || strings.ContainsAny(value, "\n\x00") ||
-				!strings.Contains(text, value) {
-				t.Fatalf("%q: got %q=%q", text, name, value)
-			}
-			quote := `"`
-			if strings.Contains(value, quote) {
-				quote = "'"
-			}
-			if strings.Contains(value, quote) {
-				continue // cannot be written
-			}
-			again, err := parseDotEnv("export " + name + " = " + quote + value + quote + " # " + value)
-			if err != nil || again[name] != value {
-				t.Fatalf("%q: %s was %q, then %q, %v", text, name, value, again[name], err)
-			}
-		}
+// newUpstream is an Azure OpenAI resource on a loopback address.
+func newUpstream(t testing.TB, handler http.HandlerFunc) *httptest.Server {
+	t.Helper()
+	s := httptest.NewServer(handler)
+	t.Cleanup(func() {
+		s.CloseClientConnections()
+		s.Close()
 	})
+	return s
 }
 
-func TestBadSettingsAreOneLine(t *testing.T) {
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	_, port, _ := net.SplitHostPort(taken.Addr().String())
-	const target = "https://b.example/openai/"
-	tests := []struct {
-		name, dotEnv string
-		env          vars
-		arg          string
-		want         string
-	}{
-		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as https://my-aoai.openai.azure.com/openai/"},
-		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
-		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "", "PORT: want a number"},
-		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
-			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
-			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (not taken from .env, as it must come " +
-				"from the environment: IMDS_ENDPOINT)"},
-		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
-			".env line 3: want NAME=value"},
-		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
-		{"port in use", "", vars{"TARGET_URL": target, "PORT": port}, "", "want a free port such as 8082"},
-		{"port in use, with a key", "", vars{"TARGET_URL": target, "PORT": port, "HOST": "127.0.0.1", "EXPECTED_KEY": "s3cret"}, "", port},
-		{"unknown flag", "", vars{"TARGET_URL": target}, "-port=1", "-port"},
-		{"argument", "", vars{"TARGET_URL": target}, "check", `unexpected argument "check"`},
-		{"bad port checked", "", vars{"TARGET_URL": target, "PORT": "x"}, "-check", "settings failed the check"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			tt.env["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = "http://127.0.0.1:1"
-			status, stderr := startProgram(t, tt.dotEnv, tt.env, strings.Fields(tt.arg)...).end()
-			if status != 1 || len(stderr) != 1 {
-				t.Fatalf("got exit status %d and %q, want 1 and one line", status, stderr)
-			}
-			if !strings.HasPrefix(stderr[0], "aoai-proxy: ") || !strings.Contains(stderr[0], tt.want) {
-				t.Errorf("got %q, want %q", stderr[0], tt.want)
-			}
-			if strings.Contains(stderr[0], "s3cret") {
-				t.Errorf("%q shows a secret", stderr[0])
-			}
-		})
+// recorder is an upstream that keeps what it was sent and answers 200.
+type recorder struct {
+	mu   sync.Mutex
+	seen []*http.Request
+	body []string
+}
+
+func (u *recorder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if err == nil {
+		u.seen = append(u.seen, r)
+		u.body = append(u.body, string(body))
 	}
 }
 
-func TestProgramSaysWhatItIsAsked(t *testing.T) {
-	identity := newFakeIdentity(t)
-	upstream := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { writeJSON(w, 200, `{}`) }))
-	defer upstream.Close()
-	ca := filepath.Join(t.TempDir(), "ca.pem")
-	block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: upstream.Certificate().Raw})
-	if err := os.WriteFile(ca, block, 0o600); err != nil {
-		t.Fatal(err)
+// only returns the one request that the upstream got.
+func (u *recorder) only(t *testing.T) (*http.Request, string) {
+	t.Helper()
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.seen) != 1 {
+		t.Fatalf("upstream got %d requests, want 1", len(u.seen))
 	}
-	fine := vars{"TARGET_URL": upstream.URL + "/openai/", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "SSL_CERT_FILE": ca}
-	const settings = "TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID IDENTITY_ENDPOINT IDENTITY_HEADER " +
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST AZURE_LOG_LEVEL -check -version"
-	tests := []struct {
-		name, arg string
-		env       vars
-		want      []string
-	}{
-		{"-h", "-h", vars{}, strings.Fields(settings)},
-		{"-version", "-version", vars{}, []string{"aoai-proxy ", runtime.Version(), runtime.GOOS + "/" + runtime.GOARCH}},
-		{"-check with a CA of one's own", "-check", fine, []string{"ok    token", "ok    TLS", "ok    upstream"}},
-	}
-	for _, tt := range tests {
-		if tt.arg == "-check" && runtime.GOOS != "linux" {
-			continue // SSL_CERT_FILE is not for macOS and Windows
-		}
-		p := startProgram(t, "", tt.env, tt.arg)
-		if status, stderr := p.end(); status != 0 || stderr != nil {
-			t.Errorf("%s: got exit status %d and %q on stderr, want 0 and nothing", tt.name, status, stderr)
-		}
-		for _, want := range tt.want {
-			if !strings.Contains(p.stdout.String(), want) {
-				t.Errorf("%s: no %q in %s", tt.name, want, p.stdout.String())
-			}
-		}
-	}
+	return u.seen[0], u.body[0]
 }
 
-func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
-	identity := newFakeIdentity(t)
-	env := vars{"PORT": "0", "EXPECTED_KEY": "", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}
-	const dotEnv = "# mine\nTARGET_URL='http://127.0.0.1:1/openai'\nPORT=1\nexport EXPECTED_KEY=s3cret\n"
-	p := startProgram(t, dotEnv, env)
-	p.stderr.waitFor(t, "read .env")
-	line, _ := p.stderr.waitFor(t, "proxy listening on :")
-	if !strings.HasSuffix(line, " ➜ http://127.0.0.1:1/openai/") || strings.Contains(line, " :1 ") {
-		t.Errorf("got %q, want a port of the proxy's own choice and the target of .env", line)
-	}
-	p.stderr.waitFor(t, "EXPECTED_KEY is set")
-
-	env["TARGET_URL"] = "http://127.0.0.1:1/openai"
-	_, before := startProgram(t, "", env).stderr.waitFor(t, "EXPECTED_KEY")
-	if log := strings.Join(before, "\n"); strings.Contains(log, ".env") || !strings.Contains(log, "listening on 127.0.0.1:") {
-		t.Errorf("without .env the log says %s", log)
-	}
-}
-
-// TestDotEnvCannotTakeTheToken has a .env name a proxy and a certificate of somebody else's. The
-// environment names a proxy in lower case, which counts less to the Go library.
-func TestDotEnvCannotTakeTheToken(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("https_proxy is HTTPS_PROXY there")
-	}
-	identity := newFakeIdentity(t)
-	forged := newUpstream(t, func(w http.ResponseWriter, r *http.Request) { t.Errorf("%s came here", r.URL) })
-	right := rawAnswer(t, "HTTP/1.1 403 No\r\n\r\n")
-	dotEnv := "HTTPS_PROXY=" + forged.URL + "\nSSL_CERT_FILE=evil.pem\nGODEBUG=x509ignoreCN=0\n" +
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST=" + forged.URL + "\nEXPECTED_KEY=s3cret\nPORT=1\nmy-var=1\n"
-	p := startProgram(t, dotEnv, vars{"TARGET_URL": "https://resource.example/openai/", "PORT": "0",
-		"HOST": "127.0.0.1", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "https_proxy": right.URL})
-	line, _ := p.stderr.waitFor(t, "read .env")
-	if !strings.HasSuffix(line, "for what the environment leaves out: EXPECTED_KEY") {
-		t.Errorf("got %q, want the name of what is taken", line)
-	}
-	line, _ = p.stderr.waitFor(t, "not taken from .env")
-	if !strings.HasSuffix(line, ": AZURE_POD_IDENTITY_AUTHORITY_HOST, HTTPS_PROXY, SSL_CERT_FILE, GODEBUG") {
-		t.Errorf("got %q, want the names of what is not taken", line)
-	}
-	req, _ := http.NewRequest("GET", "http://"+p.listens(t)+"/v1/models", nil)
-	req.Header.Set("api-key", "s3cret")
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if body, _ := io.ReadAll(resp.Body); !strings.Contains(string(body), "HTTPS_PROXY answered 403") {
-		t.Errorf("got %s, want the answer of the environment's proxy", body)
-	}
-}
-
-// TestDirectoryNamedDotEnvIsNone: Python keeps environments in such a one.
-func TestDirectoryNamedDotEnvIsNone(t *testing.T) {
-	dir := t.TempDir()
-	if file, err := readDotEnv(dir, os.Getenv); err != nil || file.hasFile {
-		t.Errorf("got %+v, %v", file, err)
-	}
-}
-
-// TestLostLogEndsNothing: whoever reads stderr may go away.
-func TestLostLogEndsNothing(t *testing.T) {
-	identity := newFakeIdentity(t)
-	p := startProgram(t, "", vars{"TARGET_URL": nobody + "/openai/", "PORT": "0", "HOST": "127.0.0.1",
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
-	addr := p.listens(t)
-	p.pipe.Close()
-	for range 3 {
-		resp, err := http.Get("http://" + addr + "/v1/models")
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		if resp.StatusCode != 502 {
-			t.Errorf("got %d, want 502", resp.StatusCode)
-		}
-	}
-}
-
-func TestListensWhereSettingsSay(t *testing.T) {
-	identity := newFakeIdentity(t)
-	upstream := newUpstream(t, http.NotFound)
-	const local, everywhere = "127.0.0.1 ::1", "127.0.0.1 127.0.0.2 ::1"
-	hasIPv6 := len(listenHosts("", "")) == 2
-	tests := []struct {
-		name  string
-		env   vars
-		addrs string // in the log
-		reach string
-		says  string
-	}{
-		{"neither", vars{}, "127.0.0.1:PORT [::1]:PORT", local, "no EXPECTED_KEY: every user of this host, and nobody else"},
-		{"key", vars{"EXPECTED_KEY": "k"}, ":PORT", everywhere, "EXPECTED_KEY is set"},
-		{"host", vars{"HOST": "127.0.0.1"}, "127.0.0.1:PORT", "127.0.0.1", "no EXPECTED_KEY: every user of this host"},
-		{"host and key", vars{"HOST": "127.0.0.1", "EXPECTED_KEY": "k"}, "127.0.0.1:PORT", "127.0.0.1", "EXPECTED_KEY is set"},
-		{"IPv6 host", vars{"HOST": "::1"}, "[::1]:PORT", "::1", "no EXPECTED_KEY: every user of this host"},
-		{"every IPv4 address", vars{"HOST": "0.0.0.0"}, "0.0.0.0:PORT", "127.0.0.1 127.0.0.2", "warning: no EXPECTED_KEY"},
-		{"IPv6 host in brackets", vars{"HOST": "[::1]", "EXPECTED_KEY": "k"}, "[::1]:PORT", "::1", "EXPECTED_KEY is set"},
-		{"path without openai", vars{"TARGET_URL": upstream.URL + "/anthropic/"}, "127.0.0.1:PORT [::1]:PORT", local, "no EXPECTED_KEY"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			if strings.Contains(tt.env["HOST"], "::1") && !hasIPv6 {
-				t.Skip("no IPv6 here")
-			}
-			lines := followLog(t)
-			p := newTestProxy(t, identity, upstream, tt.env)
-			accepted := make(chan string, 9) // tells from others that have this port on another address
-			p.server.ConnState = func(conn net.Conn, state http.ConnState) {
-				if state == http.StateNew {
-					accepted <- conn.LocalAddr().(*net.TCPAddr).IP.String()
-				}
-			}
-			p.start(t)
-			line, before := lines.waitFor(t, "EXPECTED_KEY")
-			if !strings.Contains(line, tt.says) {
-				t.Errorf("the log says %q, want %q", line, tt.says)
-			}
-			var got, want []string
-			warned := false
-			for _, line := range before {
-				if _, addr, ok := strings.Cut(line, "proxy listening on "); ok {
-					got = append(got, addr)
-				}
-				warned = warned || strings.Contains(line, "warning: the path of TARGET_URL has no openai in it")
-			}
-			if warned != (tt.env["TARGET_URL"] != "") {
-				t.Errorf("warned of a path without openai: %v", warned)
-			}
-			_, port, _ := net.SplitHostPort(p.addr)
-			for _, addr := range strings.Fields(strings.ReplaceAll(tt.addrs, "PORT", port)) {
-				if !strings.HasPrefix(addr, "[::1]") || hasIPv6 {
-					want = append(want, addr+" ➜ "+p.cfg.target.String())
-				}
-			}
-			if !slices.Equal(got, want) || port == "0" {
-				t.Errorf("the log says it listens on %q, want %q", got, want)
-			}
-			var reached []string
-			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: safetyNet}
-			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
-				if resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz"); err == nil {
-					resp.Body.Close()
-				}
-			}
-			for range len(accepted) {
-				reached = append(reached, <-accepted)
-			}
-			reach := slices.DeleteFunc(strings.Fields(tt.reach), func(host string) bool {
-				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6
-			})
-			if !slices.Equal(reached, reach) {
-				t.Errorf("it can be reached at %q, want %q", reached, reach)
-			}
-		})
-	}
+// startRecorded starts a proxy in front of a recorder.
+func startRecorded(t *testing.T, env vars) (*testProxy, *recorder) {
+	t.Helper()
+	followLog(t)
+	u := &recorder{}
+	return startProxy(t, newFakeIdentity(t), newUpstream(t, u.ServeHTTP), env), u
 }
 
 // fakeAzure accepts the tokens of identity and nothing else. It has a stream of
@@ -772,7 +457,8 @@ func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(safetyNet))
-	fmt.Fprintf(conn, "GET /realtime HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+	fmt.Fprintf(conn, "GET /realtime HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: "+
+		"websocket\r\n"+
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", addr)
 	r := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(r, nil)
@@ -794,6 +480,790 @@ func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
 	}
 }
 
+const webSocketHead = "Host: {host}\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
+	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+// realtime accepts a WebSocket, greets as the Realtime API does and then echoes each message.
+func realtime(w http.ResponseWriter, r *http.Request) {
+	conn, buf, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") +
+		"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: "+
+		"Upgrade\r\n"+
+		"Sec-WebSocket-Accept: %s\r\n", base64.StdEncoding.EncodeToString(sum[:]))
+	if protocol, _, _ := strings.Cut(r.Header.Get("Sec-WebSocket-Protocol"), ","); protocol != "" {
+		fmt.Fprintf(conn, "Sec-WebSocket-Protocol: %s\r\n", protocol)
+	}
+	io.WriteString(conn, "\r\n")
+	writeFrame(conn, 1, []byte(`{"type":"session.created","event_id":"event_1","session":{"id":`+
+		`"sess_demo","object":"realtime.session"}}`))
+	for {
+		opcode, payload, err := readFrame(buf.Reader)
+		if err != nil || opcode == 8 {
+			writeFrame(conn, 8, nil)
+			return
+		}
+		writeFrame(conn, opcode, payload)
+	}
+}
+
+// writeFrame writes a WebSocket message of one unmasked frame (RFC 6455 §5.2).
+func writeFrame(w io.Writer, opcode byte, payload []byte) error {
+	head := []byte{0x80 | opcode, byte(len(payload))}
+	if len(payload) > 125 {
+		head = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 126}, uint16(len(payload)))
+	}
+	_, err := w.Write(append(head, payload...))
+	return err
+}
+
+// readFrame reads a frame, masked or not, of up to 64 KiB.
+func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
+	var head [2]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return 0, nil, err
+	}
+	length := int(head[1] & 0x7f)
+	if length == 126 {
+		var long [2]byte
+		if _, err := io.ReadFull(r, long[:]); err != nil {
+			return 0, nil, err
+		}
+		length = int(binary.BigEndian.Uint16(long[:]))
+	}
+	var mask [4]byte
+	if head[1]&0x80 != 0 {
+		if _, err := io.ReadFull(r, mask[:]); err != nil {
+			return 0, nil, err
+		}
+	}
+	payload = make([]byte, length)
+	_, err = io.ReadFull(r, payload)
+	for i := range payload {
+		payload[i] ^= mask[i%4]
+	}
+	return head[0] & 0x0f, payload, err
+}
+
+func writeJSON(w http.ResponseWriter, status int, body string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	io.WriteString(w, body)
+}
+
+// zeros has no end.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// main.go: settings, .env and the start.
+
+func TestSettings(t *testing.T) {
+	const scope = "https://cognitiveservices.azure"
+	tests := []struct{ name, variable, value, want string }{
+		{"defaults", "", "", "https://b.example/openai/ host= port=8081 key= scope=" + scope +
+			".com/.default debug=false"},
+		{"empty is unset", "PORT", "", "port=8081 "},
+		{"white space trimmed", "EXPECTED_KEY", "\tk\n", "key=k "},
+		{"white space around the target", "TARGET_URL", " https://b.example/openai/ \n",
+			"https://b.example/openai/ "},
+		{"missing slash supplied", "TARGET_URL", "https://b.example/openai",
+			"https://b.example/openai/ "},
+		{"escapes kept", "TARGET_URL", "https://b.example/a%2Fb/openai",
+			"https://b.example/a%2Fb/openai/ "},
+		{"US Government", "TARGET_URL", "https://a.openai.azure.us/openai/", scope +
+			".us/.default "},
+		{"China, in capitals", "TARGET_URL", "https://A.OPENAI.AZURE.CN:443/openai/", scope +
+			".cn/.default "},
+		{"azure.us elsewhere in the host", "TARGET_URL", "https://azure.us.example/openai/", scope +
+			".com/.default "},
+		{"scope set", "AZURE_OPENAI_SCOPE", "https://ai.azure.com/.default",
+			"scope=https://ai.azure.com/.default "},
+		{"http for localhost", "TARGET_URL", "http://localhost:1/openai",
+			"http://localhost:1/openai/ "},
+		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
+		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
+		{"any port", "PORT", " 0", "port=0 "},
+		{"host in capitals", "TARGET_URL", "http://LOCALHOST:1/openai/",
+			"http://localhost:1/openai/ "},
+		{"final dot", "TARGET_URL", "http://localhost.:1/openai/", "http://localhost.:1/openai/ "},
+		{"US Government, final dot", "TARGET_URL", "https://a.azure.us./openai/", scope +
+			".us/.default "},
+		{"proxy", "HTTPS_PROXY", "http://jane:Ses%25ame@127.0.0.1:3128", "port=8081"},
+		{"proxy without scheme", "HTTPS_PROXY", "proxy.example:3128", "port=8081"},
+		{"proxy, lower case", "https_proxy", "socks5://127.0.0.1", "port=8081"},
+		{"HTTP_PROXY, which is not used", "HTTP_PROXY", "http://jane:Ses%ame@127.0.0.1",
+			"port=8081"},
+		{"debug in capitals", "AZURE_LOG_LEVEL", "DEBUG", "debug=true"},
+	}
+	for _, tt := range tests {
+		cfg, err := loadConfig(func(name string) string {
+			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
+		})
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v", cfg.target, cfg.host,
+			cfg.port, cfg.key, cfg.scope, cfg.debug)
+		if !strings.Contains(got, tt.want) {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestBadSettingIsNamedWithARightValue(t *testing.T) {
+	const encoded = "percent-encoded"
+	const aBase, https, zero = "https://my-aoai.openai.azure.com/openai/", "want https",
+		"from 0 to 65535 such as 8081"
+	tests := []struct{ name, variable, value, right string }{
+		{"target unset", "TARGET_URL", "", aBase},
+		{"target without scheme", "TARGET_URL", "b.example/openai/", aBase},
+		{"target without host", "TARGET_URL", "https://:443/openai/", aBase},
+		{"target with a wrong escape", "TARGET_URL", "https://b.example/%zz-s3cret", aBase},
+		{"target with a space", "TARGET_URL", "https://b.example/ s3cret", aBase},
+		{"target with a line break", "TARGET_URL", "https://b.example/\ns3cret", aBase},
+		{"target that is a key", "TARGET_URL", "s3cret", aBase},
+		{"target for another protocol", "TARGET_URL", "ftp://b.example/openai/", aBase},
+		{"target with a password", "TARGET_URL", "https://user:s3cret@b.example/openai/", aBase},
+		{"target with a key", "TARGET_URL", "https://b.example/openai/?api-key=s3cret", aBase},
+		{"target with a fragment", "TARGET_URL", "https://b.example/openai/#s3cret", aBase},
+		{"target with a dot segment", "TARGET_URL", "https://b.example/openai/%2e%2E/s3cret",
+			aBase},
+		{"http over a network", "TARGET_URL", "http://10.0.0.4/openai/", https},
+		{"http with a password", "TARGET_URL",
+			"http://user:s3cret@b.example/openai/?api-key=s3cret", https},
+		{"http for a name that begins with localhost", "TARGET_URL",
+			"http://localhost.example/openai/", https},
+		{"http for localhost with a long s", "TARGET_URL", "http://localho\u017ft:1/openai/",
+			https},
+		{"http for a name that begins with 127.0.0.1", "TARGET_URL",
+			"http://127.0.0.1.example/openai/", https},
+		{"target escaped twice", "TARGET_URL", "https://b.example/openai/%252e%252e/s3cret", aBase},
+		{"proxy with a bare %", "HTTPS_PROXY", "http://jane:s3cret%ame@127.0.0.1:3128", encoded},
+		{"proxy with a bare %, lower case", "https_proxy", "http://jane:s3cret%ame@127.0.0.1",
+			encoded},
+		{"proxy with a bare #", "HTTPS_PROXY", "http://jane:s3cret#a@127.0.0.1:3128", encoded},
+		{"proxy with a bare /", "HTTPS_PROXY", "http://jane:s3cret/a@127.0.0.1:3128", encoded},
+		{"proxy with a bare %, no scheme", "HTTPS_PROXY", "jane:s3cret%ame@127.0.0.1:3128",
+			encoded},
+		{"proxy of white space", "HTTPS_PROXY", "\t", encoded},
+		{"proxy in white space", "HTTPS_PROXY", " http://jane:s3cret@127.0.0.1:3128", encoded},
+		{"proxy with a bare # after digits", "HTTPS_PROXY", "http://s3cret:12#4@127.0.0.1:3128",
+			encoded},
+		{"proxy with a bare / after digits", "HTTPS_PROXY", "http://s3cret:1/2@127.0.0.1:3128",
+			encoded},
+		{"proxy for another protocol", "HTTPS_PROXY", "ftp://jane:s3cret@127.0.0.1", encoded},
+		{"port that is a name", "PORT", "http", zero},
+		{"port above 65535", "PORT", "65536", zero},
+		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
+		{"target with a port that does not exist", "TARGET_URL", "https://b.example:99999/openai/",
+			aBase},
+		{"client id with a line break", "AZURE_CLIENT_ID", "1\ns3cret", "printable ASCII"},
+		{"header with a control character", "IDENTITY_HEADER", "s3cret\x01", "printable ASCII"},
+		{"IMDS with a port that does not exist", "AZURE_POD_IDENTITY_AUTHORITY_HOST",
+			"http://127.0.0.1:99999", "http://169.254.169.254"},
+		{"key beyond ASCII", "EXPECTED_KEY", "s3cret-ä", "printable ASCII"},
+		{"scope with a space", "AZURE_OPENAI_SCOPE", "https://a/.default https://b/.default",
+			"https://cognitiveservices.azure.com/.default"},
+		{"IMDS without scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "169.254.169.254",
+			"http://169.254.169.254"},
+		{"endpoint without its secret", "IDENTITY_ENDPOINT", "http://127.0.0.1/s3cret",
+			"IDENTITY_HEADER"},
+		{"secret without its endpoint", "IDENTITY_HEADER", "s3cret", "set both"},
+	}
+	for _, tt := range tests {
+		_, err := loadConfig(func(name string) string {
+			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
+		})
+		if err == nil {
+			t.Errorf("%s: accepted", tt.name)
+			continue
+		}
+		text := err.Error()
+		if !strings.HasPrefix(text, tt.variable) || !strings.Contains(text, tt.right) {
+			t.Errorf("%s: got %q, want it to begin with %s and to contain %q", tt.name, text,
+				tt.variable, tt.right)
+		}
+		if strings.Contains(text, "s3cret") || strings.ContainsAny(text, "\n\x01") {
+			t.Errorf("%s: the error shows a secret or has control characters: %q", tt.name, text)
+		}
+	}
+}
+
+func TestDotEnv(t *testing.T) {
+	tests := []struct{ name, text, want string }{
+		{"nothing", "", `map[]`},
+		{"plain", "PORT=1\nEXPECTED_KEY=x y", `map["EXPECTED_KEY":"x y" "PORT":"1"]`},
+		{"blank lines and comments", "\n# HOST=0\n  # HOST=0\n\nPORT=1\n", `map["PORT":"1"]`},
+		{"white space", " PORT = 1 \n\tHOST\t=\t2\t", `map["HOST":"2" "PORT":"1"]`},
+		{"export", "export PORT=1\n  export HOST='2'", `map["HOST":"2" "PORT":"1"]`},
+		{"export and a tab", "export\tPORT=1\nexport \t HOST=2", `map["HOST":"2" "PORT":"1"]`},
+		{"quotes", "PORT=\" 1 \"\nHOST=' \"2\" '", `map["HOST":" \"2\" " "PORT":" 1 "]`},
+		{"no escapes, no expansion", "PORT=\"\\n$HOME\"\nHOST=$(x)",
+			`map["HOST":"$(x)" "PORT":"\\n$HOME"]`},
+		{"empty", "PORT=\nHOST=''", `map["HOST":"" "PORT":""]`},
+		{"inline comment", "PORT=1 # one\nHOST='2' # two\nEXPECTED_KEY=\"3\"# three",
+			`map["EXPECTED_KEY":"3" "HOST":"2" "PORT":"1"]`},
+		{"# in a value", "PORT=1#2\nHOST='1 # 2'\nEXPECTED_KEY=#3",
+			`map["EXPECTED_KEY":"#3" "HOST":"1 # 2" "PORT":"1#2"]`},
+		{"CRLF", "PORT=1\r\nHOST='2'\r\n\r\n", `map["HOST":"2" "PORT":"1"]`},
+		{"BOM", "\ufeffPORT=1\nHOST=2", `map["HOST":"2" "PORT":"1"]`},
+		{"last one counts", "PORT=1\nPORT=2", `map["PORT":"2"]`},
+
+		{"others' names", "my-var=1\nPORT-X=1\nPORT.X\nHOSTNAME=h\nexport=3\nport=1", `map[]`},
+		{"others' forms", "FOO\nOTHER=a b\nA='1\n=1\nset PORT=1\n\xff\xff", `map[]`},
+		{"a PEM over lines", "KEY=\"-----BEGIN KEY-----\nMIIE+/=\n-----END KEY-----\"\nPORT=1",
+			`map["PORT":"1"]`},
+		{"what says whom to trust", "HTTPS_PROXY=http://p\nexport SSL_CERT_FILE=f\nno_proxy\n" +
+			"IDENTITY_ENDPOINT = u\nGODEBUG=x\nHTTPS_PROXY=q\nPORT=1",
+			`map["GODEBUG":"" "HTTPS_PROXY":"" "IDENTITY_ENDPOINT":"" "PORT":"1" ` +
+				`"SSL_CERT_FILE":"" "no_proxy":""]`},
+
+		{"no =", "EXPECTED_KEY s3cret", "line 1"},
+		{"name alone", "EXPECTED_KEY", "line 1"},
+		{"colon", "\nEXPECTED_KEY: s3cret", "line 2"},
+		{"no = after lines of all kinds", "# x\r\n\r\nA=1\r\nexport PORT s3cret", "line 4"},
+		{"open double quotes", "A=1\nEXPECTED_KEY=\"s3cret", "line 2"},
+		{"open single quotes", "EXPECTED_KEY='s3cret\"", "line 1"},
+		{"text after quotes", "EXPECTED_KEY='s3cret's3cret", "line 1"},
+		{"UTF-16", "\xff\xfeP\x00O\x00", "save it as UTF-8"},
+		{"UTF-16, big-endian", "\xfe\xff\x00P\x00O", "save it as UTF-8"},
+		{"UTF-16 without a mark", "P\x00O\x00", "save it as UTF-8"},
+	}
+	for _, tt := range tests {
+		values, err := parseDotEnv(tt.text)
+		got, want := fmt.Sprintf("%q", values), tt.want
+		if err != nil {
+			got = err.Error()
+		}
+		if strings.HasPrefix(want, "line") {
+			want += `: want NAME=value or NAME="value"`
+		}
+		if got != want && !(strings.HasPrefix(want, "save") && strings.Contains(got, want)) {
+			t.Errorf("%s: got %q, want %q", tt.name, got, want)
+		}
+	}
+}
+
+func TestBadSettingsAreOneLine(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	const target = "https://b.example/openai/"
+	tests := []struct {
+		name, dotEnv string
+		env          vars
+		arg          string
+		want         string
+	}{
+		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as " +
+			"https://my-aoai.openai.azure.com/openai/"},
+		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
+		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "", "PORT: want a number"},
+		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
+			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
+			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (not taken from .env, as " +
+				"it must come " +
+				"from the environment: IMDS_ENDPOINT)"},
+		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
+			".env line 3: want NAME=value"},
+		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
+		{"port in use", "", vars{"TARGET_URL": target, "PORT": port}, "",
+			"want a free port such as 8082"},
+		{"port in use, with a key", "", vars{"TARGET_URL": target, "PORT": port,
+			"HOST": "127.0.0.1", "EXPECTED_KEY": "s3cret"}, "", port},
+		{"unknown flag", "", vars{"TARGET_URL": target}, "-port=1", "-port"},
+		{"argument", "", vars{"TARGET_URL": target}, "check", `unexpected argument "check"`},
+		{"bad port checked", "", vars{"TARGET_URL": target, "PORT": "x"}, "-check",
+			"settings failed the check"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.env["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = "http://127.0.0.1:1"
+			status, stderr := startProgram(t, tt.dotEnv, tt.env, strings.Fields(tt.arg)...).end()
+			if status != 1 || len(stderr) != 1 {
+				t.Fatalf("got exit status %d and %q, want 1 and one line", status, stderr)
+			}
+			if !strings.HasPrefix(stderr[0], "aoai-proxy: ") ||
+				!strings.Contains(stderr[0], tt.want) {
+				t.Errorf("got %q, want %q", stderr[0], tt.want)
+			}
+			if strings.Contains(stderr[0], "s3cret") {
+				t.Errorf("%q shows a secret", stderr[0])
+			}
+		})
+	}
+}
+
+func TestProgramSaysWhatItIsAsked(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter,
+		r *http.Request) {
+		writeJSON(w, 200, `{}`)
+	}))
+	defer upstream.Close()
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: upstream.Certificate().Raw})
+	if err := os.WriteFile(ca, block, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fine := vars{"TARGET_URL": upstream.URL + "/openai/",
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "SSL_CERT_FILE": ca}
+	const settings = "TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID " +
+		"IDENTITY_ENDPOINT IDENTITY_HEADER " +
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST AZURE_LOG_LEVEL -check -version"
+	tests := []struct {
+		name, arg string
+		env       vars
+		want      []string
+	}{
+		{"-h", "-h", vars{}, strings.Fields(settings)},
+		{"-version", "-version", vars{}, []string{"aoai-proxy ", runtime.Version(), runtime.GOOS +
+			"/" + runtime.GOARCH}},
+		{"-check with a CA of one's own", "-check", fine,
+			[]string{"ok    token", "ok    TLS", "ok    upstream"}},
+	}
+	for _, tt := range tests {
+		if tt.arg == "-check" && runtime.GOOS != "linux" {
+			continue // SSL_CERT_FILE is not for macOS and Windows
+		}
+		p := startProgram(t, "", tt.env, tt.arg)
+		if status, stderr := p.end(); status != 0 || stderr != nil {
+			t.Errorf("%s: got exit status %d and %q on stderr, want 0 and nothing", tt.name, status,
+				stderr)
+		}
+		for _, want := range tt.want {
+			if !strings.Contains(p.stdout.String(), want) {
+				t.Errorf("%s: no %q in %s", tt.name, want, p.stdout.String())
+			}
+		}
+	}
+}
+
+func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
+	identity := newFakeIdentity(t)
+	env := vars{"PORT": "0", "EXPECTED_KEY": "", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}
+	const dotEnv = "# mine\nTARGET_URL='http://127.0.0.1:1/openai'\nPORT=1\nexport " +
+		"EXPECTED_KEY=s3cret\n"
+	p := startProgram(t, dotEnv, env)
+	p.stderr.waitFor(t, "read .env")
+	line, _ := p.stderr.waitFor(t, "proxy listening on :")
+	target := " ➜ http://127.0.0.1:1/openai/"
+	if !strings.HasSuffix(line, target) || strings.Contains(line, " :1 ") {
+		t.Errorf("got %q, want a port of the proxy's own choice and the target of .env", line)
+	}
+	p.stderr.waitFor(t, "EXPECTED_KEY is set")
+
+	env["TARGET_URL"] = "http://127.0.0.1:1/openai"
+	_, before := startProgram(t, "", env).stderr.waitFor(t, "EXPECTED_KEY")
+	if log := strings.Join(before, "\n"); strings.Contains(log, ".env") ||
+		!strings.Contains(log, "listening on 127.0.0.1:") {
+		t.Errorf("without .env the log says %s", log)
+	}
+}
+
+// TestDotEnvCannotTakeTheToken has a .env name a proxy and a certificate of somebody else's. The
+// environment names a proxy in lower case, which counts less to the Go library.
+func TestDotEnvCannotTakeTheToken(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("https_proxy is HTTPS_PROXY there")
+	}
+	identity := newFakeIdentity(t)
+	forged := newUpstream(t, func(w http.ResponseWriter,
+		r *http.Request) {
+		t.Errorf("%s came here", r.URL)
+	})
+	right := newUpstream(t, answerRaw("HTTP/1.1 403 No\r\n\r\n"))
+	dotEnv := "HTTPS_PROXY=" + forged.URL + "\nSSL_CERT_FILE=evil.pem\nGODEBUG=x509ignoreCN=0\n" +
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST=" + forged.URL +
+		"\nEXPECTED_KEY=s3cret\nPORT=1\nmy-var=1\n"
+	p := startProgram(t, dotEnv, vars{"TARGET_URL": "https://resource.example/openai/", "PORT": "0",
+		"HOST": "127.0.0.1", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
+		"https_proxy": right.URL})
+	line, _ := p.stderr.waitFor(t, "read .env")
+	if !strings.HasSuffix(line, "for what the environment leaves out: EXPECTED_KEY") {
+		t.Errorf("got %q, want the name of what is taken", line)
+	}
+	line, _ = p.stderr.waitFor(t, "not taken from .env")
+	if !strings.HasSuffix(line, ": AZURE_POD_IDENTITY_AUTHORITY_HOST, HTTPS_PROXY, "+
+		"SSL_CERT_FILE, GODEBUG") {
+		t.Errorf("got %q, want the names of what is not taken", line)
+	}
+	req, _ := http.NewRequest("GET", "http://"+p.listens(t)+"/v1/models", nil)
+	req.Header.Set("api-key", "s3cret")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if body, _ := io.ReadAll(resp.Body); !strings.Contains(string(body),
+		"HTTPS_PROXY answered 403") {
+		t.Errorf("got %s, want the answer of the environment's proxy", body)
+	}
+}
+
+// TestDirectoryNamedDotEnvIsNone: Python keeps environments in such a one.
+func TestDirectoryNamedDotEnvIsNone(t *testing.T) {
+	dir := t.TempDir()
+	if file, err := readDotEnv(dir, os.Getenv); err != nil || file.hasFile {
+		t.Errorf("got %+v, %v", file, err)
+	}
+}
+
+// TestLostLogEndsNothing: whoever reads stderr may go away.
+func TestLostLogEndsNothing(t *testing.T) {
+	identity := newFakeIdentity(t)
+	p := startProgram(t, "", vars{"TARGET_URL": nobody + "/openai/", "PORT": "0",
+		"HOST":                              "127.0.0.1",
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+	addr := p.listens(t)
+	p.pipe.Close()
+	for range 3 {
+		resp, err := http.Get("http://" + addr + "/v1/models")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 502 {
+			t.Errorf("got %d, want 502", resp.StatusCode)
+		}
+	}
+}
+
+// TestTLSOffersWhatTodaysGoOffers looks at the ClientHello for what "go 1.22" in go.mod would bring
+// back, and at the way to have it back in need.
+func TestTLSOffersWhatTodaysGoOffers(t *testing.T) {
+	if goversion.Compare(runtime.Version(), "go1.25") < 0 {
+		t.Skip(runtime.Version() + " does not know all of the settings")
+	}
+	identity := newFakeIdentity(t)
+	for godebug, old := range map[string]bool{"": false, "http2debug=0": false,
+		"tlssha1=1,tlsmlkem=0": true} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		hellos := make(chan *tls.ClientHelloInfo, 1)
+		go func() {
+			defer close(hellos)
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			tls.Server(conn,
+				&tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config,
+					error) {
+					hellos <- hello
+					return nil, errors.New("seen enough")
+				}}).Handshake()
+		}()
+		p := startProgram(t, "", vars{"TARGET_URL": "https://" + ln.Addr().String(),
+			"GODEBUG":                           godebug,
+			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, "-check")
+		if status, _ := p.end(); status != 1 {
+			t.Errorf("exit status %d, want 1", status)
+		}
+		ln.Close()
+		hello := <-hellos
+		if hello == nil {
+			t.Fatalf("no ClientHello; the check says %s", &p.stdout)
+		}
+		if slices.ContainsFunc(hello.CipherSuites, func(suite uint16) bool {
+			return suite == tls.TLS_RSA_WITH_3DES_EDE_CBC_SHA ||
+				suite == tls.TLS_ECDHE_RSA_WITH_3DES_EDE_CBC_SHA
+		}) {
+			t.Errorf("GODEBUG=%s: offers 3DES", godebug)
+		}
+		sha1 := slices.Contains(hello.SignatureSchemes, tls.PKCS1WithSHA1) ||
+			slices.Contains(hello.SignatureSchemes, tls.ECDSAWithSHA1)
+		postQuantum := slices.Contains(hello.SupportedCurves, tls.CurveID(4588)) // X25519MLKEM768
+		if sha1 != old || postQuantum == old {
+			t.Errorf("GODEBUG=%s: SHA-1 is offered: %v, post-quantum key exchange: %v", godebug,
+				sha1, postQuantum)
+		}
+	}
+}
+
+func TestListensWhereSettingsSay(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream := newUpstream(t, http.NotFound)
+	const local, everywhere = "127.0.0.1 ::1", "127.0.0.1 127.0.0.2 ::1"
+	hasIPv6 := len(listenHosts("", "")) == 2
+	tests := []struct {
+		name  string
+		env   vars
+		addrs string // in the log
+		reach string
+		says  string
+	}{
+		{"neither", vars{"HOST": ""}, "127.0.0.1:PORT [::1]:PORT", local,
+			"no EXPECTED_KEY: every user of this host, and nobody else"},
+		{"key", vars{"HOST": "", "EXPECTED_KEY": "k"}, ":PORT", everywhere, "EXPECTED_KEY is set"},
+		{"host", vars{"HOST": "127.0.0.1"}, "127.0.0.1:PORT", "127.0.0.1",
+			"no EXPECTED_KEY: every user of this host"},
+		{"host and key", vars{"HOST": "127.0.0.1", "EXPECTED_KEY": "k"}, "127.0.0.1:PORT",
+			"127.0.0.1", "EXPECTED_KEY is set"},
+		{"IPv6 host", vars{"HOST": "::1"}, "[::1]:PORT", "::1",
+			"no EXPECTED_KEY: every user of this host"},
+		{"every IPv4 address", vars{"HOST": "0.0.0.0"}, "0.0.0.0:PORT", "127.0.0.1 127.0.0.2",
+			"warning: no EXPECTED_KEY"},
+		{"IPv6 host in brackets", vars{"HOST": "[::1]", "EXPECTED_KEY": "k"}, "[::1]:PORT", "::1",
+			"EXPECTED_KEY is set"},
+		{"path without openai", vars{"HOST": "", "TARGET_URL": upstream.URL + "/anthropic/"},
+			"127.0.0.1:PORT [::1]:PORT", local, "no EXPECTED_KEY"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if strings.Contains(tt.env["HOST"], "::1") && !hasIPv6 {
+				t.Skip("no IPv6 here")
+			}
+			lines := followLog(t)
+			p := newTestProxy(t, identity, upstream, tt.env)
+			// Another program may have this port on another address.
+			accepted := make(chan string, 9)
+			p.server.ConnState = func(conn net.Conn, state http.ConnState) {
+				if state == http.StateNew {
+					accepted <- conn.LocalAddr().(*net.TCPAddr).IP.String()
+				}
+			}
+			p.start(t)
+			line, before := lines.waitFor(t, "EXPECTED_KEY")
+			if !strings.Contains(line, tt.says) {
+				t.Errorf("the log says %q, want %q", line, tt.says)
+			}
+			var got, want []string
+			warned := false
+			for _, line := range before {
+				if _, addr, ok := strings.Cut(line, "proxy listening on "); ok {
+					got = append(got, addr)
+				}
+				warned = warned || strings.Contains(line,
+					"warning: the path of TARGET_URL has no openai in it")
+			}
+			if warned != (tt.env["TARGET_URL"] != "") {
+				t.Errorf("warned of a path without openai: %v", warned)
+			}
+			_, port, _ := net.SplitHostPort(p.addr)
+			for _, addr := range strings.Fields(strings.ReplaceAll(tt.addrs, "PORT", port)) {
+				if !strings.HasPrefix(addr, "[::1]") || hasIPv6 {
+					want = append(want, addr+" ➜ "+p.cfg.target.String())
+				}
+			}
+			if !slices.Equal(got, want) || port == "0" {
+				t.Errorf("the log says it listens on %q, want %q", got, want)
+			}
+			var reached []string
+			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true},
+				Timeout: safetyNet}
+			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+				if resp, err := client.Get("http://" + net.JoinHostPort(host, port) +
+					"/healthz"); err == nil {
+					resp.Body.Close()
+				}
+			}
+			for range len(accepted) {
+				reached = append(reached, <-accepted)
+			}
+			reach := slices.DeleteFunc(strings.Fields(tt.reach), func(host string) bool {
+				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6
+			})
+			if !slices.Equal(reached, reach) {
+				t.Errorf("it can be reached at %q, want %q", reached, reach)
+			}
+		})
+	}
+}
+
+// TestTokenIsHadBeforeTheFirstRequest: it is fetched at the start.
+func TestTokenIsHadBeforeTheFirstRequest(t *testing.T) {
+	followLog(t)
+	asked := make(chan bool, 1)
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, tokenAnswer("token-1", time.Hour))
+		asked <- true
+	})
+	startProxy(t, identity, newUpstream(t, nil), nil)
+	select {
+	case <-asked:
+	case <-time.After(safetyNet):
+		t.Error("the identity endpoint was not asked")
+	}
+}
+
+// TestLogOfTheGoLibraryIsSafeToo has the upstream send the token after its answer, which net/http
+// logs.
+func TestLogOfTheGoLibraryIsSafeToo(t *testing.T) {
+	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter,
+		_ *http.Request) {
+		fmt.Fprint(w, tokenAnswer(token, time.Hour))
+	})
+	p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1",
+		"TARGET_URL": newUpstream(t,
+			answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"+token)).URL,
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+	resp, err := http.Get("http://" + p.listens(t) + "/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	line, _ := p.stderr.waitFor(t, "Unsolicited response")
+	if strings.Contains(line, "t0k3n") || !strings.Contains(line, "REDACTED") {
+		t.Errorf("got %s", line)
+	}
+}
+
+// main.go: routes and probes.
+
+func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
+	fine, none := newFakeIdentity(t), newFakeIdentity(t)
+	none.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
+	tests := []struct {
+		name, method, path string
+		identity           *fakeIdentity
+		debug              string
+		status             int
+		body               string
+	}{
+		{"root", "GET", "/", fine, "", 200, "ok\n"},
+		{"healthz", "GET", "/healthz", fine, "", 200, "ok\n"},
+		{"healthz at debug", "GET", "/healthz?x=1", fine, "debug", 200, "ok\n"},
+		{"HEAD healthz", "HEAD", "/healthz", fine, "", 200, ""},
+		{"readyz", "GET", "/readyz", fine, "", 200, "ok\n"},
+		{"readyz without a token", "GET", "/readyz", none, "", 503, "Identity not found"},
+		{"POST to the root is no probe", "POST", "/", fine, "", 401, "invalid_api_key"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			upstream := newUpstream(t, func(_ http.ResponseWriter,
+				r *http.Request) {
+				t.Errorf("%s was forwarded", r.URL)
+			})
+			logged := followLog(t)
+			p := startProxy(t, tt.identity, upstream,
+				vars{"EXPECTED_KEY": "s3cret", "AZURE_LOG_LEVEL": tt.debug})
+			req, _ := http.NewRequest(tt.method, p.url+tt.path, nil)
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.body) ||
+				tt.method == "HEAD" && len(body) > 0 {
+				t.Errorf("got %d %q, want %d %q", resp.StatusCode, body, tt.status, tt.body)
+			}
+			path, _, _ := strings.Cut(tt.path, "?")
+			if got, want := strings.Contains(logged.String(), path+" from "), tt.debug != "" ||
+				tt.status == 401; got != want {
+				t.Errorf("logged: %v, want %v: %s", got, want, logged)
+			}
+		})
+	}
+}
+
+// TestReadyzTellsTheCauseToThisHostOnly, as the endpoint's words are nobody else's business.
+func TestReadyzTellsTheCauseToThisHostOnly(t *testing.T) {
+	followLog(t)
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter,
+		_ *http.Request) {
+		writeJSON(w, 400, noIdentity)
+	})
+	p := startProxy(t, identity, newUpstream(t, nil), nil)
+	for _, tt := range []struct {
+		caller, host string
+		told         bool
+	}{
+		{"127.0.0.1:5000", "localhost", true},
+		{"[::1]:5000", "[::1]:8081", true},
+		{"127.0.0.1:5000", "rebound.example", false},
+		{"192.0.2.1:5000", "localhost", false},
+		{"[2001:db8::1]:5000", "localhost", false},
+		{"", "localhost", false},
+	} {
+		for _, path := range []string{"/readyz", "/v1/models"} {
+			local := context.WithValue(context.Background(), http.LocalAddrContextKey,
+				&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+			r := httptest.NewRequest("GET", path, nil).WithContext(local)
+			r.RemoteAddr, r.Host = tt.caller, tt.host
+			w := httptest.NewRecorder()
+			p.route(w, r)
+			told := strings.Contains(w.Body.String(), "no token: IMDS at ") &&
+				strings.Contains(w.Body.String(), "Identity not found")
+			refused := path != "/readyz" && tt.host == "rebound.example"
+			if w.Code != 503 && !refused || told != tt.told ||
+				strings.Contains(w.Body.String(), "IMDS") != told {
+				t.Errorf("%s from %q to %s: got %d %q, told: %v", path, tt.caller, tt.host, w.Code,
+					w.Body, tt.told)
+			}
+		}
+	}
+}
+
+// TestHTTP10ConnectionsEndWithTheirAnswer: the server ignores the framing of a chunked body there,
+// and
+// would take the body for the next request (golang/go#12785).
+func TestHTTP10ConnectionsEndWithTheirAnswer(t *testing.T) {
+	logged := followLog(t)
+	var forwarded atomic.Int64
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		forwarded.Add(1)
+		w.Header().Set("Connection", "Connection, X-Hop")
+		w.Header().Set("X-Hop", "h")
+		w.WriteHeader(201)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
+	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+	chunk := fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(smuggled), smuggled)
+	for _, tt := range []struct {
+		line   string
+		status string
+	}{
+		{"POST /p", "HTTP/1.0 201 "},
+		{"GET /p", "HTTP/1.0 201 "},
+		{"GET /healthz", "HTTP/1.0 200 "},
+		{"HEAD /", "HTTP/1.0 200 "},
+		{"GET /readyz", "HTTP/1.0 200 "},
+		{"POST /../p", "HTTP/1.0 400 "},
+		{"TRACE /p", "HTTP/1.0 405 "},
+	} {
+		before := forwarded.Load()
+		for _, rest := range []string{smuggled, chunk} {
+			_, r := p.dial(t, tt.line+" HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"+
+				"Transfer-Encoding: chunked\r\n\r\n"+rest)
+			got, err := io.ReadAll(r)
+			if errors.Is(err, os.ErrDeadlineExceeded) ||
+				!strings.HasPrefix(string(got), tt.status) ||
+				strings.Count(string(got), "HTTP/1.") != 1 ||
+				!strings.Contains(string(got), "\r\nConnection: close\r\n") {
+				t.Errorf("%s: got %q, %v; want one answer and the connection's end", tt.line, got,
+					err)
+			}
+		}
+		if n := forwarded.Load() - before; n > 2 {
+			t.Errorf("%s: %d requests were forwarded", tt.line, n)
+		}
+	}
+	if strings.Contains(logged.String(), "smuggled") {
+		t.Errorf("a body became a request: %s", logged)
+	}
+}
+
+// main.go: the stop.
+
 func TestStreamsAndTunnelsOutliveSignal(t *testing.T) {
 	identity := newFakeIdentity(t)
 	upstream, release := heldUpstream(t, identity)
@@ -804,11 +1274,6 @@ func TestStreamsAndTunnelsOutliveSignal(t *testing.T) {
 	p.signals <- syscall.SIGTERM
 	lines.waitFor(t, "draining 2 streams (up to 10m0s")
 
-	w := httptest.NewRecorder()
-	p.route(w, httptest.NewRequest("GET", "/readyz", nil))
-	if w.Code != 503 || w.Body.String() != "shutting down\n" {
-		t.Errorf("draining: /readyz answers %d %q, want 503", w.Code, w.Body)
-	}
 	for deadline := time.Now().Add(safetyNet); ; { // the listener closes just after the log says so
 		conn, err := net.Dial("tcp", p.addr)
 		if err != nil {
@@ -841,7 +1306,8 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 		t.Run(fmt.Sprintf("patient=%v", patient), func(t *testing.T) {
 			identity := newFakeIdentity(t)
 			upstream, release := heldUpstream(t, identity)
-			p := startProgram(t, "", vars{"TARGET_URL": upstream.URL + "/openai/", "PORT": "0", "HOST": "127.0.0.1",
+			p := startProgram(t, "", vars{"TARGET_URL": upstream.URL + "/openai/", "PORT": "0",
+				"HOST":                              "127.0.0.1",
 				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
 			line, _ := p.stderr.waitFor(t, "proxy listening on 127.0.0.1:")
 			_, line, _ = strings.Cut(line, "listening on ")
@@ -884,7 +1350,7 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 
 // TestDrainEndsWhatRunsTooLong: streams, tunnels, and a client that reads nothing of its answer.
 func TestDrainEndsWhatRunsTooLong(t *testing.T) {
-	captureLog(t)
+	followLog(t)
 	identity := newFakeIdentity(t)
 	held, _ := heldUpstream(t, identity)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
@@ -917,12 +1383,15 @@ func TestDrainEndsWhatRunsTooLong(t *testing.T) {
 }
 
 func TestHalfAHeadIsNotWaitedFor(t *testing.T) {
-	captureLog(t)
+	followLog(t)
 	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil), nil)
 	// 50 ms each; no limit would stay none.
-	p.server.ReadHeaderTimeout, p.server.IdleTimeout = p.server.ReadHeaderTimeout/300, p.server.IdleTimeout/2400
+	p.server.ReadHeaderTimeout, p.server.IdleTimeout = p.server.ReadHeaderTimeout/300,
+		p.server.IdleTimeout/2400
 	p.start(t)
-	for _, sent := range []string{"", "GET /healthz HTT", "GET /healthz HTTP/1.1\r\nHost: {host}\r\n", "GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"} {
+	for _, sent := range []string{"", "GET /healthz HTT",
+		"GET /healthz HTTP/1.1\r\nHost: {host}\r\n",
+		"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"} {
 		_, r := p.dial(t, sent)
 		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("after %q the connection stays open", sent)
@@ -930,192 +1399,7 @@ func TestHalfAHeadIsNotWaitedFor(t *testing.T) {
 	}
 }
 
-// TestTokenIsHadBeforeTheFirstRequest: it is fetched at the start.
-func TestTokenIsHadBeforeTheFirstRequest(t *testing.T) {
-	captureLog(t)
-	asked := make(chan bool, 1)
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, tokenAnswer("token-1", time.Hour))
-		asked <- true
-	})
-	startProxy(t, identity, newUpstream(t, nil), nil)
-	select {
-	case <-asked:
-	case <-time.After(safetyNet):
-		t.Error("the identity endpoint was not asked")
-	}
-}
-
-func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
-	fine, none := newFakeIdentity(t), newFakeIdentity(t)
-	none.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
-	tests := []struct {
-		name, method, path string
-		identity           *fakeIdentity
-		debug              string
-		status             int
-		body               string
-	}{
-		{"root", "GET", "/", fine, "", 200, "ok\n"},
-		{"healthz", "GET", "/healthz", fine, "", 200, "ok\n"},
-		{"healthz at debug", "GET", "/healthz?x=1", fine, "debug", 200, "ok\n"},
-		{"HEAD healthz", "HEAD", "/healthz", fine, "", 200, ""},
-		{"readyz", "GET", "/readyz", fine, "", 200, "ok\n"},
-		{"readyz without a token", "GET", "/readyz", none, "", 503, "Identity not found"},
-		{"POST to the root is no probe", "POST", "/", fine, "", 401, "invalid_api_key"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			upstream := newUpstream(t, func(_ http.ResponseWriter, r *http.Request) { t.Errorf("%s was forwarded", r.URL) })
-			logged := captureLog(t)
-			p := startProxy(t, tt.identity, upstream, vars{"EXPECTED_KEY": "s3cret", "AZURE_LOG_LEVEL": tt.debug})
-			req, _ := http.NewRequest(tt.method, p.url+tt.path, nil)
-			resp, err := http.DefaultClient.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer resp.Body.Close()
-			body, _ := io.ReadAll(resp.Body)
-			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.body) || tt.method == "HEAD" && len(body) > 0 {
-				t.Errorf("got %d %q, want %d %q", resp.StatusCode, body, tt.status, tt.body)
-			}
-			path, _, _ := strings.Cut(tt.path, "?")
-			if got, want := strings.Contains(logged.String(), path+" from "), tt.debug != "" || tt.status == 401; got != want {
-				t.Errorf("logged: %v, want %v: %s", got, want, logged)
-			}
-		})
-	}
-}
-
-// TestReadyzTellsTheCauseToThisHostOnly, as the endpoint's words are nobody else's business.
-func TestReadyzTellsTheCauseToThisHostOnly(t *testing.T) {
-	captureLog(t)
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
-	p := startProxy(t, identity, newUpstream(t, nil), nil)
-	for _, tt := range []struct {
-		caller, host string
-		told         bool
-	}{
-		{"127.0.0.1:5000", "localhost", true},
-		{"[::1]:5000", "[::1]:8081", true},
-		{"127.0.0.1:5000", "rebound.example", false},
-		{"192.0.2.1:5000", "localhost", false},
-		{"[2001:db8::1]:5000", "localhost", false},
-		{"", "localhost", false},
-	} {
-		for _, path := range []string{"/readyz", "/v1/models"} {
-			local := context.WithValue(context.Background(), http.LocalAddrContextKey,
-				&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-			r := httptest.NewRequest("GET", path, nil).WithContext(local)
-			r.RemoteAddr, r.Host = tt.caller, tt.host
-			w := httptest.NewRecorder()
-			p.route(w, r)
-			told := strings.Contains(w.Body.String(), "no token: IMDS at ") &&
-				strings.Contains(w.Body.String(), "Identity not found")
-			refused := path != "/readyz" && tt.host == "rebound.example"
-			if w.Code != 503 && !refused || told != tt.told || strings.Contains(w.Body.String(), "IMDS") != told {
-				t.Errorf("%s from %q to %s: got %d %q, told: %v", path, tt.caller, tt.host, w.Code, w.Body, tt.told)
-			}
-		}
-	}
-}
-
-// TestHTTP10ConnectionsEndWithTheirAnswer: the server ignores the framing of a chunked body there, and
-// would take the body for the next request (golang/go#12785).
-func TestHTTP10ConnectionsEndWithTheirAnswer(t *testing.T) {
-	logged := captureLog(t)
-	var forwarded atomic.Int64
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		forwarded.Add(1)
-		w.Header().Set("Connection", "Connection, X-Hop")
-		w.Header().Set("X-Hop", "h")
-		w.WriteHeader(201)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
-	const smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
-	chunk := fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(smuggled), smuggled)
-	for _, tt := range []struct {
-		line   string
-		status string
-	}{
-		{"POST /p", "HTTP/1.0 201 "},
-		{"GET /p", "HTTP/1.0 201 "},
-		{"GET /healthz", "HTTP/1.0 200 "},
-		{"HEAD /", "HTTP/1.0 200 "},
-		{"GET /readyz", "HTTP/1.0 200 "},
-		{"POST /../p", "HTTP/1.0 400 "},
-		{"TRACE /p", "HTTP/1.0 405 "},
-	} {
-		before := forwarded.Load()
-		for _, rest := range []string{smuggled, chunk} {
-			_, r := p.dial(t, tt.line+" HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"+
-				"Transfer-Encoding: chunked\r\n\r\n"+rest)
-			got, err := io.ReadAll(r)
-			if errors.Is(err, os.ErrDeadlineExceeded) || !strings.HasPrefix(string(got), tt.status) ||
-				strings.Count(string(got), "HTTP/1.") != 1 ||
-				!strings.Contains(string(got), "\r\nConnection: close\r\n") {
-				t.Errorf("%s: got %q, %v; want one answer and the connection's end", tt.line, got, err)
-			}
-		}
-		if n := forwarded.Load() - before; n > 2 {
-			t.Errorf("%s: %d requests were forwarded", tt.line, n)
-		}
-	}
-	if strings.Contains(logged.String(), "smuggled") {
-		t.Errorf("a body became a request: %s", logged)
-	}
-}
-
-// TestTLSOffersWhatTodaysGoOffers looks at the ClientHello for what "go 1.22" in go.mod would bring
-// back, and at the way to have it back in need.
-func TestTLSOffersWhatTodaysGoOffers(t *testing.T) {
-	if goversion.Compare(runtime.Version(), "go1.25") < 0 {
-		t.Skip(runtime.Version() + " does not know all of the settings")
-	}
-	identity := newFakeIdentity(t)
-	for godebug, old := range map[string]bool{"": false, "http2debug=0": false, "tlssha1=1,tlsmlkem=0": true} {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		hellos := make(chan *tls.ClientHelloInfo, 1)
-		go func() {
-			defer close(hellos)
-			conn, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			defer conn.Close()
-			tls.Server(conn, &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-				hellos <- hello
-				return nil, errors.New("seen enough")
-			}}).Handshake()
-		}()
-		p := startProgram(t, "", vars{"TARGET_URL": "https://" + ln.Addr().String(), "GODEBUG": godebug,
-			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, "-check")
-		if status, _ := p.end(); status != 1 {
-			t.Errorf("exit status %d, want 1", status)
-		}
-		ln.Close()
-		hello := <-hellos
-		if hello == nil {
-			t.Fatalf("no ClientHello; the check says %s", &p.stdout)
-		}
-		if slices.ContainsFunc(hello.CipherSuites, func(suite uint16) bool {
-			return suite == tls.TLS_RSA_WITH_3DES_EDE_CBC_SHA || suite == tls.TLS_ECDHE_RSA_WITH_3DES_EDE_CBC_SHA
-		}) {
-			t.Errorf("GODEBUG=%s: offers 3DES", godebug)
-		}
-		sha1 := slices.Contains(hello.SignatureSchemes, tls.PKCS1WithSHA1) || slices.Contains(hello.SignatureSchemes, tls.ECDSAWithSHA1)
-		postQuantum := slices.Contains(hello.SupportedCurves, tls.CurveID(4588)) // X25519MLKEM768
-		if sha1 != old || postQuantum == old {
-			t.Errorf("GODEBUG=%s: SHA-1 is offered: %v, post-quantum key exchange: %v", godebug, sha1, postQuantum)
-		}
-	}
-}
+// main.go: -check.
 
 // reply is what a fake answers in a test of the check.
 type reply struct {
@@ -1129,22 +1413,24 @@ func runCheck(env vars, out io.Writer) error {
 	return check(cfg, err, nil, out)
 }
 
-func isKnown(name string) bool {
-	return slices.ContainsFunc(slices.Concat(settings, platformVariables), func(v variable) bool { return v.name == name })
-}
-
 func TestCheckTellsWhatIsWrong(t *testing.T) {
-	const object, cognitive = "11111111-2222-3333-4444-555555555555", "https://cognitiveservices.azure.com"
+	const object, cognitive = "11111111-2222-3333-4444-555555555555",
+		"https://cognitiveservices.azure.com"
 	jwt := func(aud, oid string) string {
 		payload := fmt.Sprintf(`{"aud":%q,"tid":"tenant-1","oid":%q,"appid":"client-1"}`, aud, oid)
-		return "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(payload)) + ".c2lnbmF0dXJl"
+		return "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(payload)) +
+			".c2lnbmF0dXJl"
 	}
-	gives := func(aud, oid string) reply { return reply{200, tokenAnswer(jwt(aud, oid), time.Hour)} }
+	gives := func(aud, oid string) reply {
+		return reply{200,
+			tokenAnswer(jwt(aud, oid), time.Hour)}
+	}
 	said := func(status int, code, message string) reply {
 		return reply{status, fmt.Sprintf(`{"error":{"code":%q,"message":%q}}`, code, message)}
 	}
 	token := gives(cognitive, object)
-	claude := reply{400, `{"type":"error","error":{"type":"invalid_request_error","message":"model: Field required"}}`}
+	claude := reply{400, `{"type":"error","error":{"type":"invalid_request_error","message":"mo` +
+		`del: Field required"}}`}
 	long := jwt(cognitive, strings.Repeat("0", 3000))
 	const role = "az role assignment create --assignee-object-id "
 
@@ -1154,12 +1440,17 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 	defer untrusted.Close()
 	var identityReply, upstreamReply reply
 	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, r *http.Request) { writeJSON(w, identityReply.status, identityReply.body) })
+	identity.answerWith(func(w http.ResponseWriter,
+		r *http.Request) {
+		writeJSON(w, identityReply.status, identityReply.body)
+	})
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		asked := r.Method + " " + r.RequestURI + " " + string(body)
-		message := strings.HasPrefix(asked, "POST /anthropic/v1/messages") && string(body) == "{}" &&
-			r.Header.Get("Anthropic-Version") != "" && r.Header.Get("Content-Type") == "application/json"
+		message := strings.HasPrefix(asked, "POST /anthropic/v1/messages") &&
+			string(body) == "{}" &&
+			r.Header.Get("Anthropic-Version") != "" &&
+			r.Header.Get("Content-Type") == "application/json"
 		token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
 		if r.Method != "GET" && !message || !strings.Contains(identityReply.body, token) {
 			t.Errorf("%s with %v", asked, r.Header)
@@ -1175,21 +1466,31 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		upstream reply
 		want     []string // in the output; of a fault, the first is the step that fails
 	}{
-		{"everything fine", target, token, reply{200, `{}`}, []string{"object id " + object, "tenant tenant-1", "client id client-1", "/openai/models?api-version=2024-10-21: answered 200"}},
-		{"everything fine, v1", target + "v1/", token, reply{200, `{}`}, []string{"/openai/v1/models: answered 200", "audience " + cognitive}},
-		{"opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)}, reply{200, `{}`}, []string{"ok    upstream: "}},
-		{"service without a list of models", upstream.URL + "/models/", token, reply{404, "\x1b[2J"},
-			[]string{"ok    upstream: ", "answered 404 Not Found, as services without a list of models do"}},
+		{"everything fine", target, token, reply{200, `{}`},
+			[]string{"object id " + object, "tenant tenant-1", "client id client-1",
+				"/openai/models?api-version=2024-10-21: answered 200"}},
+		{"everything fine, v1", target + "v1/", token, reply{200, `{}`},
+			[]string{"/openai/v1/models: answered 200", "audience " + cognitive}},
+		{"opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)}, reply{200, `{}`},
+			[]string{"ok    upstream: "}},
+		{"service without a list of models", upstream.URL + "/models/", token,
+			reply{404, "\x1b[2J"},
+			[]string{"ok    upstream: ", "answered 404 Not Found, as services without a list " +
+				"of models do"}},
 		{"Claude", upstream.URL + "/anthropic/", token, claude, []string{"ok    upstream: ",
-			"POST " + upstream.URL + "/anthropic/v1/messages: answered 400 Bad Request: invalid_request_error"}},
+			"POST " + upstream.URL + "/anthropic/v1/messages: answered 400 Bad Request: " +
+				"invalid_request_error"}},
 		{"path as the proxy has it", upstream.URL + "/a//openai/", token, reply{200, `{}`},
-			[]string{"ok    upstream: GET " + upstream.URL + "/a//openai/models?api-version=2024-10-21: "}},
+			[]string{"ok    upstream: GET " + upstream.URL +
+				"/a//openai/models?api-version=2024-10-21: "}},
 
-		{"pasted URL of Claude", upstream.URL + "/anthropic/v1/messages/", token, said(404, "404", "no"),
+		{"pasted URL of Claude", upstream.URL + "/anthropic/v1/messages/", token,
+			said(404, "404", "no"),
 			[]string{"FAIL  upstream: ", "hint: there is no such path: check TARGET_URL"}},
 		{"Claude answers an empty message", upstream.URL + "/anthropic/", token, reply{200, `{}`},
 			[]string{"FAIL  upstream: "}},
-		{"not Claude's own 400", upstream.URL + "/anthropic/", token, said(400, "BadRequest", "API version"),
+		{"not Claude's own 400", upstream.URL + "/anthropic/", token,
+			said(400, "BadRequest", "API version"),
 			[]string{"FAIL  upstream: "}},
 		{"Claude at a regional endpoint", upstream.URL + "/anthropic/", token,
 			said(400, "BadRequest", "Please provide a custom subdomain for token authentication"),
@@ -1197,37 +1498,87 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 		{"role missing, to an opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)},
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
 
-		{"bad setting", "http://10.0.0.4/", token, reply{}, []string{"FAIL  settings: TARGET_URL: ", "want https"}},
-		{"no identity", target, reply{400, noIdentity}, reply{}, []string{"FAIL  token: ", `answered 400: {"error":"invalid_request","error_description":"Identity not found"}`, "hint: assign a managed identity to this host"}},
-		{"several identities", target, said(400, "invalid_request", "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"), reply{}, []string{"FAIL  token: ", "hint: set AZURE_CLIENT_ID"}},
-		{"wrong audience", target, gives("https://management.azure.com", object), said(401, "401", "Access token is missing, invalid, audience is incorrect (https://cognitiveservices.azure.com), or have expired."), []string{"FAIL  upstream: ", "hint: the token is for https://management.azure.com, the wrong audience: set AZURE_OPENAI_SCOPE"}},
-		{"role missing", target, token, said(401, "PermissionDenied", "Principal does not have access to API/Operation."), []string{"FAIL  upstream: ", "object id " + object + " lacks the role Cognitive Services OpenAI User", "takes minutes", role + object + " ", `--role "Cognitive Services OpenAI User"`}},
-		{"role missing, in other words", target, token, said(401, "PermissionDenied", "The principal `"+object+"` lacks the required data action"), []string{"FAIL  upstream: ", role + object}},
-		{"role missing, to an id that is none", target, gives(cognitive, "$(touch x)"), said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
-		{"refused for another reason", target, token, said(403, "AuthenticationTypeDisabled", "Key based authentication is disabled for this resource."), []string{"FAIL  upstream: ", "a policy or network rule", `it says: {"error":{"code":"AuthenticationTypeDisabled","message":"Key based`}},
-		{"right audience", target, token, said(401, "401", "Access token is missing, invalid, audience is incorrect (https://cognitiveservices.azure.com), or have expired."), []string{"FAIL  upstream: ", "the token's audience is right: check this host's clock"}},
-		{"token echoed", target, reply{200, tokenAnswer(long, time.Hour)}, said(500, "500", "not this one: "+long), []string{"FAIL  upstream: ", "not this one: REDACTED"}},
+		{"bad setting", "http://10.0.0.4/", token, reply{},
+			[]string{"FAIL  settings: TARGET_URL: ", "want https"}},
+		{"no identity", target, reply{400, noIdentity}, reply{},
+			[]string{"FAIL  token: ", `answered 400: ` +
+				`{"error":"invalid_request","error_description":"Identity not found"}`,
+				"hint: assign a managed identity to this host"}},
+		{"several identities", target, said(400, "invalid_request",
+			"Multiple user assigned identities exist, please specify the clientId / resourceId "+
+				"of the identity in the token request"), reply{},
+			[]string{"FAIL  token: ", "hint: set AZURE_CLIENT_ID"}},
+		{"wrong audience", target, gives("https://management.azure.com", object),
+			said(401, "401", "Access token is missing, invalid, audience is incorrect "+
+				"(https://cognitiveservices.azure.com), or have expired."),
+			[]string{"FAIL  upstream: ",
+				"hint: the token is for https://management.azure.com, the wrong " +
+					"audience: set AZURE_OPENAI_SCOPE"}},
+		{"role missing", target, token, said(401, "PermissionDenied",
+			"Principal does not have access to API/Operation."),
+			[]string{"FAIL  upstream: ", "object id " + object +
+				" lacks the role Cognitive Services OpenAI User", "takes minutes", role +
+				object + " ", `--role "Cognitive Services OpenAI User"`}},
+		{"role missing, in other words", target, token,
+			said(401, "PermissionDenied", "The principal `"+object+"` lacks the required data "+
+				"action"), []string{"FAIL  upstream: ", role + object}},
+		{"role missing, to an id that is none", target, gives(cognitive, "$(touch x)"),
+			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
+		{"refused for another reason", target, token,
+			said(403, "AuthenticationTypeDisabled",
+				"Key based authentication is disabled for this resource."),
+			[]string{"FAIL  upstream: ", "a policy or network rule",
+				`it says: {"error":{"code":"AuthenticationTypeDisabled","message":"Key ` +
+					`based`}},
+		{"right audience", target, token, said(401, "401",
+			"Access token is missing, invalid, audience is incorrect "+
+				"(https://cognitiveservices.azure.com), or have expired."),
+			[]string{"FAIL  upstream: ",
+				"the token's audience is right: check this host's clock"}},
+		{"token echoed", target, reply{200, tokenAnswer(long, time.Hour)},
+			said(500, "500", "not this one: "+long),
+			[]string{"FAIL  upstream: ", "not this one: REDACTED"}},
 		{"half a token echoed", target, reply{200, tokenAnswer(long, time.Hour)},
 			said(500, "500", "not this one: "+long[:40]+"…"),
 			[]string{"FAIL  upstream: ", "not this one: REDACTED…"}},
-		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "hint: there is no such path", "hint: the path of TARGET_URL has no openai in it"}},
-		{"a web page", target, token, reply{200, "<html>log in</html>"}, []string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
-		{"pasted URL of Foundry's models", upstream.URL + "/models/chat/completions/", token, said(404, "404", "no"),
+		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"),
+			[]string{"FAIL  upstream: ", "hint: there is no such path",
+				"hint: the path of TARGET_URL has no openai in it"}},
+		{"a web page", target, token, reply{200, "<html>log in</html>"},
+			[]string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
+		{"pasted URL of Foundry's models", upstream.URL + "/models/chat/completions/", token,
+			said(404, "404", "no"),
 			[]string{"FAIL  upstream: "}},
 		{"an empty answer", target, token, reply{200, ""}, []string{"FAIL  upstream: "}},
-		{"firewall", target, token, said(403, "AccessDenied", "Access denied due to Virtual Network/Firewall rules."), []string{"FAIL  upstream: ", "answered 403 Forbidden", "hint: the resource's network rules refuse this host"}},
-		{"regional endpoint", target, token, said(400, "BadRequest", "Please provide a custom subdomain for token authentication, otherwise API key is required."), []string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens", "https://NAME.openai.azure.com/openai/"}},
-		{"key-only gateway", target, token, reply{401, `{"statusCode":401,"message":"Access denied due to missing subscription key. Make sure to include subscription key when making requests to an API."}`}, []string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
-		{"wrong path", target, token, said(404, "404", "Resource not found"), []string{"FAIL  upstream: ", "answered 404", "hint: there is no such path: check TARGET_URL"}},
+		{"firewall", target, token, said(403, "AccessDenied",
+			"Access denied due to Virtual Network/Firewall rules."),
+			[]string{"FAIL  upstream: ", "answered 403 Forbidden",
+				"hint: the resource's network rules refuse this host"}},
+		{"regional endpoint", target, token, said(400, "BadRequest",
+			"Please provide a custom subdomain for token authentication, otherwise API key is "+
+				"required."), []string{"FAIL  upstream: ",
+			"hint: a regional endpoint takes no tokens",
+			"https://NAME.openai.azure.com/openai/"}},
+		{"key-only gateway", target, token, reply{401,
+			`{"statusCode":401,"message":"Access denied due to missing subscription key. Make ` +
+				`sure to include subscription key when making requests to an API."}`},
+			[]string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
+		{"wrong path", target, token, said(404, "404", "Resource not found"),
+			[]string{"FAIL  upstream: ", "answered 404",
+				"hint: there is no such path: check TARGET_URL"}},
 		{"nobody listens", nobody + "/openai/", token, reply{}, []string{"FAIL  upstream: ",
-			"no answer from 127.0.0.1:1: connection failed: dial tcp 127.0.0.1:1: ", "hint: a firewall?"}},
-		{"untrusted certificate", untrusted.URL + "/openai/", token, reply{}, []string{"FAIL  upstream: ", "certificate not trusted", "hint: name a file with your own CA in SSL_CERT_FILE"}},
+			"no answer from 127.0.0.1:1: connection failed: dial tcp 127.0.0.1:1: ",
+			"hint: a firewall?"}},
+		{"untrusted certificate", untrusted.URL + "/openai/", token, reply{},
+			[]string{"FAIL  upstream: ", "certificate not trusted",
+				"hint: name a file with your own CA in SSL_CERT_FILE"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			identityReply, upstreamReply = tt.identity, tt.upstream
 			var buf bytes.Buffer
-			err := runCheck(vars{"TARGET_URL": tt.target, "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &buf)
+			err := runCheck(vars{"TARGET_URL": tt.target,
+				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &buf)
 			out := buf.String()
 			for _, want := range tt.want {
 				if !strings.Contains(out, want) {
@@ -1235,14 +1586,18 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 				}
 			}
 			failed := strings.HasPrefix(tt.want[0], "FAIL")
-			if (err != nil) != failed || strings.Count(out, "FAIL") != strings.Count(tt.want[0], "FAIL") {
+			if (err != nil) != failed || strings.Count(out, "FAIL") != strings.Count(tt.want[0],
+				"FAIL") {
 				t.Errorf("got error %v, want one: %v", err, failed)
 			}
-			if strings.Contains(out, "to listen on 127.0.0.1:8081") != (tt.target != "http://10.0.0.4/") || strings.Contains(out, "\x1b") {
+			if strings.Contains(out, "to listen on "+
+				"127.0.0.1:8081") != (tt.target != "http://10.0.0.4/") ||
+				strings.Contains(out, "\x1b") {
 				t.Error("does not say where it would listen, or has control characters")
 			}
 			for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
-				if !strings.HasPrefix(line, "ok    ") && !strings.HasPrefix(line, "FAIL  ") && !strings.HasPrefix(line, "      ") {
+				if !strings.HasPrefix(line, "ok    ") && !strings.HasPrefix(line, "FAIL  ") &&
+					!strings.HasPrefix(line, "      ") {
 					t.Errorf("line %q", line)
 				}
 			}
@@ -1251,7 +1606,8 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 					t.Errorf("%q in the output", never)
 				}
 			}
-			if got, want := strings.Contains(out, role), slices.Contains(tt.want, role+object) || slices.Contains(tt.want, role+object+" "); got != want {
+			if got, want := strings.Contains(out, role), slices.Contains(tt.want, role+object) ||
+				slices.Contains(tt.want, role+object+" "); got != want {
 				t.Errorf("the command that gives the role: %v, want %v", got, want)
 			}
 			if t.Failed() {
@@ -1261,91 +1617,39 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 	}
 }
 
-// recorder is an upstream that keeps what it was sent and answers 200.
-type recorder struct {
-	mu   sync.Mutex
-	seen []*http.Request
-	body []string
-}
-
-func (u *recorder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if err == nil {
-		u.seen = append(u.seen, r)
-		u.body = append(u.body, string(body))
+// TestCheckTellsItsHintsFromForeignOnes: a peer cannot have -check give advice.
+func TestCheckTellsItsHintsFromForeignOnes(t *testing.T) {
+	identity := newFakeIdentity(t)
+	upstream := newUpstream(t, answerRaw("HTTP/1.1 429 No\r\nRetry-After: 1; hint: lacks the "+
+		"role\r\n\r\n"))
+	var out bytes.Buffer
+	runCheck(vars{"TARGET_URL": upstream.URL + "/openai/",
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &out)
+	if text := out.String(); strings.Contains(text, "\n      hint: lacks") ||
+		strings.Contains(text, "az role") ||
+		!strings.Contains(text, "\n      hint: too many requests") {
+		t.Errorf("got %s", text)
 	}
 }
 
-// only returns the one request that the upstream got.
-func (u *recorder) only(t *testing.T) (*http.Request, string) {
-	t.Helper()
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if len(u.seen) != 1 {
-		t.Fatalf("upstream got %d requests, want 1", len(u.seen))
-	}
-	return u.seen[0], u.body[0]
-}
-
-// startRecorded starts a proxy in front of a recorder.
-func startRecorded(t *testing.T, env map[string]string) (*testProxy, *recorder) {
-	t.Helper()
-	captureLog(t)
-	u := &recorder{}
-	return startProxy(t, newFakeIdentity(t), newUpstream(t, u.ServeHTTP), env), u
-}
-
-// dial connects to the proxy and writes text; {host} stands for the proxy's address. It returns the
-// connection, bounded in time, and a reader of it.
-func (p *testProxy) dial(t *testing.T, text string) (net.Conn, *bufio.Reader) {
-	t.Helper()
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := io.WriteString(conn, strings.ReplaceAll(text, "{host}", p.addr)); err != nil {
-		t.Fatal(err)
-	}
-	return conn, bufio.NewReader(conn)
-}
-
-// do writes one request as text and reads its answer.
-func (p *testProxy) do(t *testing.T, text string) (*http.Response, string) {
-	t.Helper()
-	_, r := p.dial(t, text)
-	method, _, _ := strings.Cut(text, " ")
-	resp, err := http.ReadResponse(r, &http.Request{Method: method})
-	for err == nil && resp.StatusCode == http.StatusContinue {
-		resp, err = http.ReadResponse(r, &http.Request{Method: method})
-	}
-	if err != nil {
-		t.Fatalf("no answer to %q: %v", text, err)
-	}
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatalf("answer to %q cut: %v", text, err)
-	}
-	return resp, string(body)
-}
-
-// rawAnswer is an upstream that reads the request and writes text as its answer, then hangs up.
-func rawAnswer(t testing.TB, text string) *httptest.Server {
-	return newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err == nil {
-			io.WriteString(conn, text)
-			conn.Close()
-		}
+// TestCheckKeepsTheGoLibrarysLogSafe, as it has the same upstream.
+func TestCheckKeepsTheGoLibrarysLogSafe(t *testing.T) {
+	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter,
+		_ *http.Request) {
+		fmt.Fprint(w, tokenAnswer(token, time.Hour))
 	})
+	p := startProgram(t, "", vars{"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
+		"TARGET_URL": newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nContent-Length: "+
+			"2\r\n\r\n{}"+token)).URL + "/openai/"}, "-check")
+	if status, stderr := p.end(); status != 0 ||
+		strings.Contains(strings.Join(stderr, "\n"), "t0k3n") {
+		t.Errorf("got exit status %d and %q", status, stderr)
+	}
 }
 
-const webSocketHead = "Host: {host}\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
-	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+// forward.go: check the caller.
 
 func TestKeyIsCheckedAndStaysHere(t *testing.T) {
 	tests := []struct {
@@ -1355,21 +1659,25 @@ func TestKeyIsCheckedAndStaysHere(t *testing.T) {
 		{"api-key", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: sesame\r\n", 200},
 		{"x-api-key", "POST /x HTTP/1.1\r\nHost: {host}\r\nX-Api-Key: sesame\r\n", 200},
 		{"bearer", "POST /x HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer sesame\r\n", 200},
-		{"bearer in other case", "POST /x HTTP/1.1\r\nHost: {host}\r\nauthorization: bEARER sesame\r\n", 200},
-		{"second of two", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: wrong\r\nAuthorization: Bearer sesame\r\n", 200},
+		{"bearer in other case", "POST /x HTTP/1.1\r\nHost: {host}\r\nauthorization: bEARER " +
+			"sesame\r\n", 200},
+		{"second of two", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: " +
+			"wrong\r\nAuthorization: Bearer sesame\r\n", 200},
 		{"upgrade, query", "GET /x?a=1&api-key=sesame&b=2 HTTP/1.1\r\n" + webSocketHead, 200},
-		{"upgrade, subprotocol", "GET /x HTTP/1.1\r\n" + webSocketHead + "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n", 200},
+		{"upgrade, subprotocol", "GET /x HTTP/1.1\r\n" + webSocketHead +
+			"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n", 200},
 
 		{"none", "POST /x HTTP/1.1\r\nHost: {host}\r\n", 401},
 		{"wrong", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: sesam\r\n", 401},
-		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key:\r\nAuthorization: Bearer \r\n", 401},
+		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key:\r\nAuthorization: Bearer \r\n",
+			401},
 		{"basic", "POST /x HTTP/1.1\r\nHost: {host}\r\nAuthorization: Basic sesame\r\n", 401},
 		{"query without upgrade", "POST /x?api-key=sesame HTTP/1.1\r\nHost: {host}\r\n", 401},
 	}
 	for _, tt := range tests {
 		for _, key := range []string{"sesame", ""} {
 			t.Run(tt.name+" expecting "+key, func(t *testing.T) {
-				p, upstream := startRecorded(t, map[string]string{"EXPECTED_KEY": key})
+				p, upstream := startRecorded(t, vars{"EXPECTED_KEY": key})
 				status := tt.status
 				if key == "" {
 					status = 200 // any key will do, and is stripped all the same
@@ -1382,8 +1690,10 @@ func TestKeyIsCheckedAndStaysHere(t *testing.T) {
 					var answer struct {
 						Error struct{ Message, Type, Code string }
 					}
-					if json.Unmarshal([]byte(body), &answer) != nil || answer.Error.Code != "invalid_api_key" ||
-						!strings.Contains(body, `"param":null`) || resp.Header.Get("WWW-Authenticate") == "" {
+					if json.Unmarshal([]byte(body), &answer) != nil ||
+						answer.Error.Code != "invalid_api_key" ||
+						!strings.Contains(body, `"param":null`) ||
+						resp.Header.Get("WWW-Authenticate") == "" {
 						t.Errorf("got %v %s, want an error in OpenAI's form", resp.Header, body)
 					}
 					return
@@ -1400,108 +1710,54 @@ func TestKeyIsCheckedAndStaysHere(t *testing.T) {
 	}
 }
 
-func TestCredentialsAreCutFromTheQuery(t *testing.T) {
-	tests := []struct{ name, query, upstream string }{
-		{"alone", "api-key=K", ""},
-		{"first", "api-key=K&a=1", "a=1"},
-		{"middle", "a=1&api-key=K&b=2", "a=1&b=2"},
-		{"after a semicolon", "a=1;api-key=K&b=%20", "a=1&b=%20"},
-		{"any case", "a=1&API-Key=K", "a=1"},
-		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
-		{"name in white space", "a=1&+api-key%20=K", "a=1"},
-		{"second question mark", "?api-key=K&a=1", "a=1"},
-		{"of other services", "api_key=K&access_token=K&Ocp-Apim-Subscription-Key=K&a=1", "a=1"},
-		{"authorization", "a&Authorization=Bearer%20K", "a"},
-		{"twice", "api-key=K&a=;&api-key=K", "a=;"},
-		{"without a value", "api-key&a=1", "a=1"},
-		{"another name", "my-api-key=K&api-key2=K", "my-api-key=K&api-key2=K"},
-		{"odd bytes", "a=1;b=%zz&&=&c", "a=1;b=%zz&&=&c"},
+func TestWebPagesCannotDriveIt(t *testing.T) {
+	tests := []struct {
+		name, head string
+		status     int
+	}{
+		{"localhost", "Host: localhost", 200},
+		{"localhost and port", "Host: localhost:8081", 200},
+		{"IPv4 literal", "Host: 127.0.0.1:8081", 200},
+		{"IPv6 literal", "Host: [::1]:8081", 200},
+		{"own origin", "Host: localhost:8081\r\nOrigin: " +
+			"http://localhost:8081\r\nSec-Fetch-Site: same-origin", 200},
+		{"capitals", "Host: LOCALHOST:8081", 200},
+		{"final dot", "Host: localhost.", 200},
+		{"origin in capitals", "Host: localhost\r\nOrigin: http://LOCALHOST:3000", 200},
+		{"typed by the user", "Host: localhost:8081\r\nSec-Fetch-Site: none", 200},
+
+		{"rebound name", "Host: attacker.example:8081", 403},
+		{"name that begins like localhost", "Host: localhost.attacker.example", 403},
+		{"two final dots", "Host: localhost..", 403},
+		{"name that ends like localhost", "Host: attacker.localhost", 403},
+		{"any address", "Host: 0.0.0.0:8081", 403},
+		{"empty host", "Host:", 403},
+		{"foreign origin", "Host: localhost\r\nOrigin: https://attacker.example", 403},
+		{"origin with localhost as user", "Host: localhost\r\nOrigin: " +
+			"https://localhost@attacker.example", 403},
+		{"opaque origin", "Host: localhost\r\nOrigin: null", 403},
+		{"second origin", "Host: localhost\r\nOrigin: http://localhost\r\nOrigin: " +
+			"https://attacker.example", 403},
+		{"cross-site", "Host: localhost\r\nSec-Fetch-Site: cross-site", 403},
+		{"same-site", "Host: localhost\r\nSec-Fetch-Site: same-site", 403},
 	}
+	keyless, _ := startRecorded(t, nil)
+	keyed, _ := startRecorded(t, vars{"EXPECTED_KEY": "sesame", "HOST": "127.0.0.1"})
+	upgrade := strings.Replace(webSocketHead, "Host: {host}\r\n", "", 1)
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			p, upstream := startRecorded(t, nil)
-			p.do(t, "GET /x?"+tt.query+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
-			if r, _ := upstream.only(t); r.URL.RawQuery != tt.upstream {
-				t.Errorf("got %q, want %q", r.URL.RawQuery, tt.upstream)
-			}
-		})
-	}
-}
-
-func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
-	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|OpenAI-Beta: b|x-stainless-lang: l|" +
-		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: 1|X-Codex-Turn-State: t|" +
-		"x-ms-oai-image-generation-deployment: d|traceparent: p|Range: bytes=0-1|extra-parameters: drop|" +
-		"x-ms-useragent: a|x-ms-return-client-request-id: true|x-ms-enable-preview: true|Foundry-Features: Skills=V1Preview"
-	const kept = "Cookie: c|Idempotency-Key: k|Origin: http://localhost|Referer: r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
-		"X-Real-Ip: i|X-Ms-Client-Ip: i|X-Ms-Adfs-Proxy-Client-Ip: i|X-Ms-Proxy: p|X-Ms-Access-Token: t|X-Ms-Auth-Token: t|" +
-		"Openai-Key: k|X-Openai-Token: t|Anthropic-Cookie: c|X-Ms-Forwarded-Client-Ip: i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: k|Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
-		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: p|X-Http-Method-Override: DELETE|" +
-		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: none|Upgrade: h2c|" +
-		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: named|X-Unknown: x"
-	p, upstream := startRecorded(t, nil)
-	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: keep-alive, openai-project, Authorization, Upgrade\r\n"+
-		strings.ReplaceAll(passed+"|"+kept, "|", "\r\n")+"\r\n\r\n")
-	r, _ := upstream.only(t)
-	for _, line := range strings.Split(passed, "|") {
-		name, value, _ := strings.Cut(line, ": ")
-		if got := r.Header.Get(name); got != value {
-			t.Errorf("%s: got %q, want %q", name, got, value)
-		}
-		r.Header.Del(name)
-	}
-	r.Header.Del("Authorization")
-	if len(r.Header) > 0 {
-		t.Errorf("went upstream, too: %v", r.Header)
-	}
-	if want := strings.TrimPrefix(p.forwarder.target.Host, "http://"); r.Host != want {
-		t.Errorf("Host: got %q, want %q", r.Host, want)
-	}
-}
-
-func TestNothingIsAddedToRequests(t *testing.T) {
-	p, upstream := startRecorded(t, nil)
-	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-	r, _ := upstream.only(t)
-	r.Header.Del("Authorization")
-	if len(r.Header) > 0 {
-		t.Errorf("got %v, want nothing but the token", r.Header)
-	}
-}
-
-func TestPathAndQueryGoAsTheyCame(t *testing.T) {
-	tests := []struct{ name, base, target, upstream string }{
-		{"classic", "/openai/", "/deployments/gpt-4o/chat/completions?api-version=2024-10-21", "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"},
-		{"SDK adds openai", "/openai/", "/openai/v1/responses", "/openai/v1/responses"},
-		{"on segment borders only", "/openai/", "/openaix/y", "/openai/openaix/y"},
-		{"base of two segments", "/openai/v1/", "/openai/v1/models", "/openai/v1/models"},
-		{"last of two segments", "/gateway/openai/", "/openai/models", "/gateway/openai/models"},
-		{"no final slash", "/openai", "/models", "/openai/models"},
-		{"no path", "", "/models", "/models"},
-		{"no path, two slashes", "", "//elsewhere.example/models", "/elsewhere.example/models"},
-		{"escaped slash and space", "/openai/", "/files/a%2Fb%20c", "/openai/files/a%2Fb%20c"},
-		{"escapes beside odd bytes", "/openai/", "/files/a%2Fb\"<>^`{|}", "/openai/files/a%2Fb\"<>^`{|}"},
-		{"unicode, escaped and raw", "/openai/", "/files/%C3%BC\xc3\xbc", "/openai/files/%C3%BC\xc3\xbc"},
-		{"double slash", "/openai/", "/files//a", "/openai/files//a"},
-		{"slash added to a base URL", "/openai/", "//openai/deployments/x", "/openai/deployments/x"},
-		{"slashes before v1", "/openai/", "///v1/models", "/openai/v1/models"},
-		{"slashes alone", "/openai/", "//", "/openai/"},
-		{"slash after openai", "/openai/", "/openai///deployments/x", "/openai/deployments/x"},
-		{"slashes within TARGET_URL", "/a//openai/", "//openai/models", "/a//openai/models"},
-		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
-		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a", "/openai/x?b=1;a=%zz&a=%20+&a"},
-		{"empty query", "/openai/", "/x?", "/openai/x?"},
-		{"question marks", "/openai/", "/x?a?b=/../c", "/openai/x?a?b=/../c"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			captureLog(t)
-			u := &recorder{}
-			s := newUpstream(t, u.ServeHTTP)
-			p := startProxy(t, newFakeIdentity(t), s, map[string]string{"TARGET_URL": s.URL + tt.base})
-			p.do(t, "GET "+tt.target+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
-			if r, _ := u.only(t); r.RequestURI != tt.upstream {
-				t.Errorf("got %q, want %q", r.RequestURI, tt.upstream)
+			for _, request := range []string{
+				"GET /x HTTP/1.1\r\n" + tt.head + "\r\n\r\n",
+				"POST /x HTTP/1.1\r\n" + tt.head + "\r\nContent-Length: 1\r\n\r\nx",
+				"GET /x HTTP/1.1\r\n" + tt.head + "\r\n" + upgrade + "\r\n",
+			} {
+				if resp, body := keyless.do(t, request); resp.StatusCode != tt.status {
+					t.Errorf("without a key: got %d %s, want %d", resp.StatusCode, body, tt.status)
+				}
+				request = strings.Replace(request, "\r\n\r\n", "\r\napi-key: sesame\r\n\r\n", 1)
+				if resp, body := keyed.do(t, request); resp.StatusCode != 200 {
+					t.Errorf("with a key: got %d %s, want 200", resp.StatusCode, body)
+				}
 			}
 		})
 	}
@@ -1548,7 +1804,7 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 		{"TRACE of IIS", "TRACK /a", 405},
 		{"OPTIONS *", "OPTIONS *", 400},
 	}
-	p, upstream := startRecorded(t, map[string]string{"EXPECTED_KEY": "sesame"})
+	p, upstream := startRecorded(t, vars{"EXPECTED_KEY": "sesame"})
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			resp, body := p.do(t, tt.line+" HTTP/1.1\r\nHost: {host}\r\napi-key: sesame\r\n\r\n")
@@ -1562,53 +1818,198 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 	}
 }
 
-func TestWebPagesCannotDriveIt(t *testing.T) {
-	tests := []struct {
-		name, head string
-		status     int
-	}{
-		{"localhost", "Host: localhost", 200},
-		{"localhost and port", "Host: localhost:8081", 200},
-		{"IPv4 literal", "Host: 127.0.0.1:8081", 200},
-		{"IPv6 literal", "Host: [::1]:8081", 200},
-		{"own origin", "Host: localhost:8081\r\nOrigin: http://localhost:8081\r\nSec-Fetch-Site: same-origin", 200},
-		{"capitals", "Host: LOCALHOST:8081", 200},
-		{"final dot", "Host: localhost.", 200},
-		{"origin in capitals", "Host: localhost\r\nOrigin: http://LOCALHOST:3000", 200},
-		{"typed by the user", "Host: localhost:8081\r\nSec-Fetch-Site: none", 200},
-
-		{"rebound name", "Host: attacker.example:8081", 403},
-		{"name that begins like localhost", "Host: localhost.attacker.example", 403},
-		{"two final dots", "Host: localhost..", 403},
-		{"name that ends like localhost", "Host: attacker.localhost", 403},
-		{"any address", "Host: 0.0.0.0:8081", 403},
-		{"empty host", "Host:", 403},
-		{"foreign origin", "Host: localhost\r\nOrigin: https://attacker.example", 403},
-		{"origin with localhost as user", "Host: localhost\r\nOrigin: https://localhost@attacker.example", 403},
-		{"opaque origin", "Host: localhost\r\nOrigin: null", 403},
-		{"second origin", "Host: localhost\r\nOrigin: http://localhost\r\nOrigin: https://attacker.example", 403},
-		{"cross-site", "Host: localhost\r\nSec-Fetch-Site: cross-site", 403},
-		{"same-site", "Host: localhost\r\nSec-Fetch-Site: same-site", 403},
+func TestHeadersOver64KiBAreRefused(t *testing.T) {
+	p, _ := startRecorded(t, nil)
+	ok, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+
+		""+strings.Repeat("a", 60_000)+"\r\n\r\n")
+	tooLarge, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+
+		""+strings.Repeat("a", 70_000)+"\r\n\r\n")
+	if ok.StatusCode != 200 || tooLarge.StatusCode != 431 {
+		t.Errorf("got %d and %d, want 200 and 431", ok.StatusCode, tooLarge.StatusCode)
 	}
-	keyless, _ := startRecorded(t, nil)
-	keyed, _ := startRecorded(t, map[string]string{"EXPECTED_KEY": "sesame", "HOST": "127.0.0.1"})
-	upgrade := strings.Replace(webSocketHead, "Host: {host}\r\n", "", 1)
+}
+
+// TestRefusalReachesAClientThatKeepsSending, although it expects a 100. Left to itself the server
+// would
+// reset its connection, and this client prefers the failure of its upload to an answer.
+func TestRefusalReachesAClientThatKeepsSending(t *testing.T) {
+	followLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		w.Header().Set("Connection", "close") // or the next request could meet its end
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "sesame"})
+	for key, status := range map[string]int{"wrong": 401, "sesame": 413} {
+		for range 10 {
+			req, _ := http.NewRequest("POST", p.url+"/x", bytes.NewReader(make([]byte, 4<<20)))
+			req.Header.Set("api-key", key)
+			req.Header.Set("Expect", "100-continue")
+			resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+			if err != nil {
+				t.Fatalf("key %s: %v", key, err)
+			}
+			if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != status {
+				t.Errorf("key %s: got %d %s %v, want %d", key, resp.StatusCode, body, err, status)
+			}
+		}
+	}
+}
+
+func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
+	followLog(t)
+	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"EXPECTED_KEY": "sesame"})
+	answers := make(map[string]*bufio.Reader)
+	for _, line := range []string{"POST /x", "GET /healthz", "POST /../x"} {
+		for _, framing := range []string{"Content-Length: 1000", "Content-Length: 1000000",
+			"Transfer-Encoding: chunked"} {
+			request := line + " HTTP/1.1\r\nHost: {host}\r\n" + framing + "\r\n\r\n"
+			_, answers[request] = p.dial(t, request)
+		}
+	}
+	for request, r := range answers {
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil || resp.StatusCode != 401 {
+			t.Fatalf("%q: got %v, %v", request, resp, err)
+		}
+		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%q: the connection stays open", request)
+		}
+	}
+}
+
+func TestOwnErrorsAreSized(t *testing.T) {
+	p, _ := startRecorded(t, vars{"EXPECTED_KEY": "sesame"})
+	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n")
+	if resp.StatusCode != 401 || resp.ContentLength != int64(len(body)) || len(body) == 0 {
+		t.Errorf("got %d with length %d: %s", resp.StatusCode, resp.ContentLength, body)
+	}
+}
+
+// forward.go: build the upstream request.
+
+func TestPathAndQueryGoAsTheyCame(t *testing.T) {
+	tests := []struct{ name, base, target, upstream string }{
+		{"classic", "/openai/", "/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
+			"/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"},
+		{"SDK adds openai", "/openai/", "/openai/v1/responses", "/openai/v1/responses"},
+		{"on segment borders only", "/openai/", "/openaix/y", "/openai/openaix/y"},
+		{"base of two segments", "/openai/v1/", "/openai/v1/models", "/openai/v1/models"},
+		{"last of two segments", "/gateway/openai/", "/openai/models", "/gateway/openai/models"},
+		{"no final slash", "/openai", "/models", "/openai/models"},
+		{"no path", "", "/models", "/models"},
+		{"no path, two slashes", "", "//elsewhere.example/models", "/elsewhere.example/models"},
+		{"escaped slash and space", "/openai/", "/files/a%2Fb%20c", "/openai/files/a%2Fb%20c"},
+		{"escapes beside odd bytes", "/openai/", "/files/a%2Fb\"<>^`{|}",
+			"/openai/files/a%2Fb\"<>^`{|}"},
+		{"unicode, escaped and raw", "/openai/", "/files/%C3%BC\xc3\xbc",
+			"/openai/files/%C3%BC\xc3\xbc"},
+		{"double slash", "/openai/", "/files//a", "/openai/files//a"},
+		{"slash added to a base URL", "/openai/", "//openai/deployments/x",
+			"/openai/deployments/x"},
+		{"slashes before v1", "/openai/", "///v1/models", "/openai/v1/models"},
+		{"slashes alone", "/openai/", "//", "/openai/"},
+		{"slash after openai", "/openai/", "/openai///deployments/x", "/openai/deployments/x"},
+		{"slashes within TARGET_URL", "/a//openai/", "//openai/models", "/a//openai/models"},
+		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
+		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a",
+			"/openai/x?b=1;a=%zz&a=%20+&a"},
+		{"empty query", "/openai/", "/x?", "/openai/x?"},
+		{"question marks", "/openai/", "/x?a?b=/../c", "/openai/x?a?b=/../c"},
+	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			for _, request := range []string{
-				"GET /x HTTP/1.1\r\n" + tt.head + "\r\n\r\n",
-				"POST /x HTTP/1.1\r\n" + tt.head + "\r\nContent-Length: 1\r\n\r\nx",
-				"GET /x HTTP/1.1\r\n" + tt.head + "\r\n" + upgrade + "\r\n",
-			} {
-				if resp, body := keyless.do(t, request); resp.StatusCode != tt.status {
-					t.Errorf("without a key: got %d %s, want %d", resp.StatusCode, body, tt.status)
-				}
-				request = strings.Replace(request, "\r\n\r\n", "\r\napi-key: sesame\r\n\r\n", 1)
-				if resp, body := keyed.do(t, request); resp.StatusCode != 200 {
-					t.Errorf("with a key: got %d %s, want 200", resp.StatusCode, body)
-				}
+			followLog(t)
+			u := &recorder{}
+			s := newUpstream(t, u.ServeHTTP)
+			p := startProxy(t, newFakeIdentity(t), s, vars{"TARGET_URL": s.URL + tt.base})
+			p.do(t, "GET "+tt.target+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			if r, _ := u.only(t); r.RequestURI != tt.upstream {
+				t.Errorf("got %q, want %q", r.RequestURI, tt.upstream)
 			}
 		})
+	}
+}
+
+func TestCredentialsAreCutFromTheQuery(t *testing.T) {
+	tests := []struct{ name, query, upstream string }{
+		{"alone", "api-key=K", ""},
+		{"first", "api-key=K&a=1", "a=1"},
+		{"middle", "a=1&api-key=K&b=2", "a=1&b=2"},
+		{"after a semicolon", "a=1;api-key=K&b=%20", "a=1&b=%20"},
+		{"any case", "a=1&API-Key=K", "a=1"},
+		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
+		{"name in white space", "a=1&+api-key%20=K", "a=1"},
+		{"second question mark", "?api-key=K&a=1", "a=1"},
+		{"of other services", "api_key=K&access_token=K&Ocp-Apim-Subscription-Key=K&a=1", "a=1"},
+		{"authorization", "a&Authorization=Bearer%20K", "a"},
+		{"twice", "api-key=K&a=;&api-key=K", "a=;"},
+		{"without a value", "api-key&a=1", "a=1"},
+		{"another name", "my-api-key=K&api-key2=K", "my-api-key=K&api-key2=K"},
+		{"odd bytes", "a=1;b=%zz&&=&c", "a=1;b=%zz&&=&c"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p, upstream := startRecorded(t, nil)
+			p.do(t, "GET /x?"+tt.query+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			if r, _ := upstream.only(t); r.URL.RawQuery != tt.upstream {
+				t.Errorf("got %q, want %q", r.URL.RawQuery, tt.upstream)
+			}
+		})
+	}
+}
+
+func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
+	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|OpenAI-Beta: " +
+		"b|x-stainless-lang: l|" +
+		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: " +
+		"1|X-Codex-Turn-State: t|" +
+		"x-ms-oai-image-generation-deployment: d|traceparent: p|Range: " +
+		"bytes=0-1|extra-parameters: drop|" +
+		"x-ms-useragent: a|x-ms-return-client-request-id: true|x-ms-enable-preview: " +
+		"true|Foundry-Features: Skills=V1Preview"
+	const kept = "Cookie: c|Idempotency-Key: k|Origin: http://localhost|Referer: " +
+		"r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
+		"X-Real-Ip: i|X-Ms-Client-Ip: i|X-Ms-Adfs-Proxy-Client-Ip: i|X-Ms-Proxy: " +
+		"p|X-Ms-Access-Token: t|X-Ms-Auth-Token: t|" +
+		"Openai-Key: k|X-Openai-Token: t|Anthropic-Cookie: c|X-Ms-Forwarded-Client-Ip: " +
+		"i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: " +
+		"k|Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: " +
+		"t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
+		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: " +
+		"p|X-Http-Method-Override: DELETE|" +
+		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: " +
+		"none|Upgrade: h2c|" +
+		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: " +
+		"named|X-Unknown: x"
+	p, upstream := startRecorded(t, nil)
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: keep-alive, openai-project, "+
+		"Authorization, Upgrade\r\n"+
+		strings.ReplaceAll(passed+"|"+kept, "|", "\r\n")+"\r\n\r\n")
+	r, _ := upstream.only(t)
+	for _, line := range strings.Split(passed, "|") {
+		name, value, _ := strings.Cut(line, ": ")
+		if got := r.Header.Get(name); got != value {
+			t.Errorf("%s: got %q, want %q", name, got, value)
+		}
+		r.Header.Del(name)
+	}
+	r.Header.Del("Authorization")
+	if len(r.Header) > 0 {
+		t.Errorf("went upstream, too: %v", r.Header)
+	}
+	if want := strings.TrimPrefix(p.forwarder.target.Host, "http://"); r.Host != want {
+		t.Errorf("Host: got %q, want %q", r.Host, want)
+	}
+}
+
+func TestNothingIsAddedToRequests(t *testing.T) {
+	p, upstream := startRecorded(t, nil)
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	r, _ := upstream.only(t)
+	r.Header.Del("Authorization")
+	if len(r.Header) > 0 {
+		t.Errorf("got %v, want nothing but the token", r.Header)
 	}
 }
 
@@ -1619,15 +2020,20 @@ func TestRequestBodiesKeepTheirFraming(t *testing.T) {
 		length              int64
 	}{
 		{"sized", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 5\r\n\r\nhello", "hello", 5},
-		{"sized and large", fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n\r\n%s", len(large), large), large, int64(len(large))},
-		{"chunked", "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", "hello", -1},
+		{"sized and large", fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: "+
+			"%d\r\n\r\n%s", len(large), large), large, int64(len(large))},
+		{"chunked", "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: " +
+			"chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", "hello", -1},
 		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n", "", 0},
 		{"none", "DELETE /x HTTP/1.1\r\nHost: {host}\r\n\r\n", "", 0},
 		{"of a GET", "GET /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
 		{"own method", "BREW /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
-		{"expected", "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
-		{"both framings", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "hello", -1},
-		{"compressed", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Encoding: zstd\r\nContent-Length: 4\r\n\r\n\x28\xb5\x2f\xfd", "\x28\xb5\x2f\xfd", 4},
+		{"expected", "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: " +
+			"100-continue\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
+		{"both framings", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: " +
+			"3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "hello", -1},
+		{"compressed", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Encoding: " +
+			"zstd\r\nContent-Length: 4\r\n\r\n\x28\xb5\x2f\xfd", "\x28\xb5\x2f\xfd", 4},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -1635,11 +2041,110 @@ func TestRequestBodiesKeepTheirFraming(t *testing.T) {
 			p.do(t, tt.request)
 			r, body := upstream.only(t)
 			if body != tt.body || r.ContentLength != tt.length {
-				t.Errorf("got %d bytes, length %d; want %d bytes, length %d", len(body), r.ContentLength, len(tt.body), tt.length)
+				t.Errorf("got %d bytes, length %d; want %d bytes, length %d", len(body),
+					r.ContentLength, len(tt.body), tt.length)
 			}
 		})
 	}
 }
+
+func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
+	p, upstream := startRecorded(t, nil)
+	p.forwarder.bodyTime = 50 * time.Millisecond
+	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
+	got, err := io.ReadAll(r)
+	if !strings.HasPrefix(string(got), "HTTP/1.1 408 ") || errors.Is(err, os.ErrDeadlineExceeded) ||
+		len(upstream.seen) > 0 {
+		t.Errorf("got %q, %v and %d requests upstream; want 408 and the connection closed", got,
+			err, len(upstream.seen))
+	}
+	// The limit is the body's only: the connection may then be idle for longer.
+	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi")
+	for range 2 {
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, resp.Body)
+		<-time.After(2 * p.forwarder.bodyTime) // a deadline left behind would have passed
+		io.WriteString(conn, "GET /x HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
+	}
+}
+
+// TestSmallBodiesCanBeSentAgain looks at what the transport is given. That an
+// idle connection turns out to be closed before a byte was written, which is
+// when it sends again, happens by chance only: with the process stopped while
+// the upstream closes the connection, it did in some of twenty rounds.
+func TestSmallBodiesCanBeSentAgain(t *testing.T) {
+	target := &url.URL{Scheme: "https", Host: "a.example", Path: "/"}
+	f := newForwarder(target, "", nil, &secrets{})
+	for _, tt := range []struct {
+		size  int64
+		again bool
+	}{{1, true}, {smallBody, true}, {smallBody + 1, false}, {-1, false}} {
+		r := httptest.NewRequest("POST", "/x", io.LimitReader(zeros{}, smallBody+1))
+		r.ContentLength = tt.size
+		req, err := f.upstreamRequest(httptest.NewRecorder(), r, false)
+		if err != nil || (req.GetBody != nil) != tt.again || req.ContentLength != tt.size {
+			t.Errorf("length %d: can be sent again: %v, length %d, %v; want %v",
+				tt.size, req.GetBody != nil, req.ContentLength, err, tt.again)
+		}
+	}
+}
+
+// forward.go: get the token.
+
+func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
+	followLog(t)
+	identity := newFakeIdentity(t)
+	identity.answerWith(func(w http.ResponseWriter, r *http.Request) {
+		writeJSON(w, 400, `{"error":"invalid_request","error_description":"Identity not found"}`)
+	})
+	p := startProxy(t, identity, newUpstream(t, nil), nil)
+	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	if resp.StatusCode != 503 || !strings.Contains(body,
+		`"error_description\":\"Identity not found\"`) || resp.Header.Get("Retry-After") != "1" {
+		t.Errorf("got %d %v %s", resp.StatusCode, resp.Header, body)
+	}
+}
+
+// TestClientThatEndsItsHalfIsToldSo, and not that the upstream failed: to the server it has gone.
+func TestClientThatEndsItsHalfIsToldSo(t *testing.T) {
+	for _, waiting := range []string{"for the token", "for the answer"} {
+		t.Run(waiting, func(t *testing.T) {
+			logged := followLog(t)
+			asked := make(chan bool, 9)
+			hold := func(w http.ResponseWriter, r *http.Request) {
+				asked <- true
+				<-r.Context().Done()
+			}
+			identity := newFakeIdentity(t)
+			if waiting == "for the token" {
+				identity.answerWith(hold)
+			}
+			p := startProxy(t, identity, newUpstream(t, hold), vars{"HOST": "127.0.0.1"})
+			conn, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			<-asked
+			conn.(*net.TCPConn).CloseWrite()
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode != 503 || !strings.Contains(string(body),
+				"client left, or the proxy stopped") {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+			if text := logged.String(); strings.Contains(text, "no answer from") ||
+				strings.Contains(text, "context canceled") ||
+				!strings.Contains(text, ": client left") {
+				t.Errorf("got %s", text)
+			}
+		})
+	}
+}
+
+// forward.go: send.
 
 func TestBrokenUploadNeverCompletes(t *testing.T) {
 	for _, request := range []string{
@@ -1647,7 +2152,7 @@ func TestBrokenUploadNeverCompletes(t *testing.T) {
 		"POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000000\r\n\r\nhel",
 		"POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n",
 	} {
-		captureLog(t)
+		followLog(t)
 		upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 			if _, err := io.Copy(io.Discard, r.Body); err == nil {
 				t.Errorf("upstream took %q for complete", request)
@@ -1663,34 +2168,338 @@ func TestBrokenUploadNeverCompletes(t *testing.T) {
 	}
 }
 
-func TestAnswersPassUntouched(t *testing.T) {
-	tests := []struct{ name, method, answer, head, body string }{
-		{"sized", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: a/b\r\n\r\nhello", "Content-Length: 5\r\nContent-Type: a/b", "hello"},
-		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
-		{"until close", "GET", "HTTP/1.1 200 OK\r\n\r\nhello", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
-		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n", "Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
-		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "Content-Length: 5", ""},
-		{"204", "GET", "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", "X-A: b", ""},
-		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nEtag: e\r\n\r\n", "Etag: e", ""},
-		{"429", "GET", "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0\r\n\r\n{}", "Content-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0", "{}"},
-		{"529", "GET", "HTTP/1.1 529 status code 529\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
-		{"redirect", "POST", "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: https://elsewhere.example/\r\n\r\n", "Content-Length: 0\r\nLocation: https://elsewhere.example/", ""},
-		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4", "\x1f\x8b\x08\x00"},
-		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\nX-End: e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
-		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b", ""},
-		{"about the upstream's host", "GET", "HTTP/1.1 200 OK\r\nStrict-Transport-Security: max-age=1\r\n" +
-			"Alt-Svc: h3=\":443\"\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
-		{"Connection that names itself", "GET", "HTTP/1.1 200 OK\r\nConnection: connection, content-type\r\n" +
-			"Content-Type: a\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
-		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no", ""},
-		{"event stream with a choice", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\nX-Accel-Buffering: yes\r\n\r\n", "Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: yes", ""},
-		{"early hints", "GET", "HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
-		{"100 unasked", "GET", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+// TestMalformedBodyIsTheClientsFault, of which nothing is told: beside a token that is removed from
+// it,
+// what a client sends would tell how much of it was right.
+func TestMalformedBodyIsTheClientsFault(t *testing.T) {
+	p, _ := startRecorded(t, nil)
+	resp, trailer := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: "+
+		"chunked\r\n\r\n0\r\nguess\r\n\r\n")
+	if resp.StatusCode != 400 || strings.Contains(trailer, "guess") {
+		t.Errorf("got %d %s, want 400 and nothing of the body", resp.StatusCode, trailer)
+	}
+	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: "+
+		"chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
+	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") ||
+		!strings.Contains(body, "broke off or is malformed") {
+		t.Errorf("got %d %s, want 400 and the cause", resp.StatusCode, body)
+	}
+}
+
+// TestWrittenRequestIsNotRepeated has the upstream close a connection after it has read a POST.
+func TestWrittenRequestIsNotRepeated(t *testing.T) {
+	followLog(t)
+	var posts atomic.Int64
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		if r.Method == "POST" {
+			if r.Header.Get("Idempotency-Key") != "" {
+				t.Error("with an Idempotency-Key a transport sends a POST again")
+			}
+			posts.Add(1)
+			panic(http.ErrAbortHandler)
+		}
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n") // leaves a connection to be used again
+	resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nIdempotency-Key: "+
+		"k\r\nContent-Length: 2\r\n\r\nhi")
+	if resp.StatusCode != 502 || posts.Load() != 1 {
+		t.Errorf("got %d after %d POSTs, want 502 after 1", resp.StatusCode, posts.Load())
+	}
+}
+
+// TestClientThatExpectsItGets100First, before whatever the upstream says. If the server wrote its
+// 100
+// at the first reading of the body, the two could garble each other, and Go 1.27 take the body
+// away.
+func TestClientThatExpectsItGets100First(t *testing.T) {
+	followLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+		http.NewResponseController(w).Flush()
+		io.Copy(io.Discard, r.Body)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	client, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: "+
+		"100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
+	for _, want := range []int{100, 413} {
+		resp, err := http.ReadResponse(r, &http.Request{Method: "POST"})
+		if err != nil || resp.StatusCode != want {
+			t.Fatalf("got %v, %v; want %d", resp, err, want)
+		}
+		if want == 100 { // Go 1.27 holds an early answer back until there is more of the body
+			io.WriteString(client, "2\r\nhi\r\n0\r\n\r\n")
+		}
+	}
+}
+
+func TestEarlyAnswerPassesWhileTheUploadRuns(t *testing.T) {
+	followLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex() // or this server would wait for the body
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello",
+		"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
+		resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
+		if resp.StatusCode != 413 || body != "too large\n" {
+			t.Errorf("got %d %q, want the upstream's 413", resp.StatusCode, body)
+		}
+	}
+}
+
+// TestEarlyAnswerOfAnUpstreamThatHangsUp has the upstream answer and close its connection, which
+// resets it, while the upload still runs.
+func TestEarlyAnswerOfAnUpstreamThatHangsUp(t *testing.T) {
+	followLog(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() { // as there is an idle connection from the start
+				conn.Read(make([]byte, 4096)) // and not the rest
+				io.WriteString(conn, "HTTP/1.1 413 Too Large\r\nConnection: "+
+					"close\r\nContent-Length: 5\r\n\r\nlarge")
+				conn.Close()
+			}()
+		}
+	}()
+	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil),
+		vars{"TARGET_URL": "http://" + ln.Addr().String() + "/openai/"})
+	for range 5 {
+		resp, err := http.Post(p.url+"/x", "text/plain", io.LimitReader(zeros{}, 20<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != 413 || string(body) != "large" {
+			t.Errorf("got %d %s, want the upstream's 413", resp.StatusCode, body)
+		}
+	}
+}
+
+// TestImmediateAnswersAreWhole would fail in some of a hundred uploads without full duplex
+// (golang/go#40747).
+func TestImmediateAnswersAreWhole(t *testing.T) {
+	followLog(t)
+	answer := strings.Repeat("x", 10_000)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		io.WriteString(w, answer[:5000])
+		w.(http.Flusher).Flush()
+		io.Copy(io.Discard, r.Body)
+		io.WriteString(w, answer[5000:])
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	body := bytes.Repeat([]byte("y"), smallBody+1)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for range 50 {
+				resp, err := http.Post(p.url+"/x", "text/plain", bytes.NewReader(body))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got, err := io.ReadAll(resp.Body)
+				resp.Body.Close()
+				if err != nil || string(got) != answer {
+					t.Errorf("got %d bytes, %v; want %d", len(got), err, len(answer))
+				}
+			}
+		}()
+	}
+	wg.Wait()
+}
+
+func TestUnreachableUpstreamIsNamed(t *testing.T) {
+	untrusted := httptest.NewTLSServer(http.NotFoundHandler())
+	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
+	t.Cleanup(untrusted.Close)
+	tests := []struct{ name, url, want string }{
+		{"refused", nobody, "connection failed"},
+		{"certificate", untrusted.URL, "certificate not trusted"},
+		{"hang-up", newUpstream(t, answerRaw("")).URL, "connection broke"},
+		{"garbage", newUpstream(t, answerRaw("\x1b[31mSSH-2.0\r\n\r\n")).URL, "connection broke"},
+		{"101 unasked", newUpstream(t, answerRaw("HTTP/1.1 101 Switching "+
+			"Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")).URL,
+			"unexpected status 101 Switching Protocols"},
+		{"status 000", newUpstream(t, answerRaw("HTTP/1.1 000 Zero\r\n\r\n")).URL,
+			"unexpected status 0"},
+		{"token outside of HTTP", newUpstream(t, answerRaw("Bearer token-1\r\n\r\n")).URL,
+			"the answer is not HTTP"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			captureLog(t)
-			upstream := rawAnswer(t, strings.Replace(tt.answer, "\r\n\r\n", "\r\nDate: now\r\n\r\n", 1))
+			logged := followLog(t)
+			p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil),
+				vars{"TARGET_URL": tt.url + "/openai/"})
+			resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+			host := strings.SplitN(tt.url, "/", 3)[2]
+			if resp.StatusCode != 502 || !strings.Contains(body, "no answer from "+host) ||
+				!strings.Contains(body, tt.want) {
+				t.Errorf("got %d %s, want 502 with %q", resp.StatusCode, body, tt.want)
+			}
+			if !strings.Contains(logged.String(), tt.want) ||
+				strings.Contains(logged.String(), "\x1b") {
+				t.Errorf("log: %s", logged)
+			}
+			if strings.Contains(body+logged.String(), "token-1") {
+				t.Errorf("the token is in the answer or the log: %s %s", body, logged)
+			}
+		})
+	}
+	f := newForwarder(&url.URL{Host: "x.invalid"}, "", nil, &secrets{})
+	text, hint := f.describeFailure(&net.DNSError{Err: "no such host", Name: "x.invalid"})
+	if text != "no answer from x.invalid: DNS lookup failed: x.invalid: no such host" ||
+		hint == "" {
+		t.Errorf("got %q, %q", text, hint)
+	}
+}
+
+// TestProxyThatRefusesIsNamed has HTTPS_PROXY refuse the connection to the upstream.
+func TestProxyThatRefusesIsNamed(t *testing.T) {
+	followLog(t)
+	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil),
+		vars{"TARGET_URL": "https://localhost/openai/"})
+	refusing, err := url.Parse(newUpstream(t, answerRaw("HTTP/1.1 407 Proxy Authentication "+
+		"Required\r\n\r\n")).URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.forwarder.transport.Proxy = http.ProxyURL(refusing)
+	p.start(t)
+	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	if resp.StatusCode != 502 || !strings.Contains(body,
+		"connection failed: HTTPS_PROXY answered 407 Proxy Authentication Required") ||
+		!strings.Contains(body, "hint: HTTPS_PROXY") {
+		t.Errorf("got %d %s, want 502 that names the proxy", resp.StatusCode, body)
+	}
+}
+
+// TestParallelRequestsKeepTheirConnections: HTTP/1.1 ones, as many as there are requests at a time.
+// The first requests are answered when all have come, so each has a connection of its own by then.
+func TestParallelRequestsKeepTheirConnections(t *testing.T) {
+	followLog(t)
+	const clients = 32
+	var dialed, other, arrived atomic.Int64
+	allArrived := make(chan struct{})
+	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter,
+		r *http.Request) {
+		if r.ProtoMajor != 1 {
+			other.Add(1)
+		}
+		if arrived.Add(1) == clients {
+			close(allArrived)
+		}
+		select {
+		case <-allArrived:
+		case <-r.Context().Done():
+		}
+	}))
+	upstream.EnableHTTP2 = true
+	upstream.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			dialed.Add(1)
+		}
+	}
+	upstream.StartTLS()
+	t.Cleanup(upstream.Close)
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	for range 33 {
+		var round sync.WaitGroup
+		for range clients {
+			round.Add(1)
+			go func() {
+				defer round.Done()
+				if resp, err := http.Get(p.url + "/x"); err != nil || resp.StatusCode != 200 {
+					t.Errorf("got %v, %v", resp, err)
+				} else {
+					resp.Body.Close()
+				}
+			}()
+		}
+		round.Wait()
+	}
+	// the one opened at the start may come too late
+	if other.Load() > 0 || dialed.Load() > clients+1 {
+		t.Errorf("%d requests not of HTTP/1.1, %d connections for %d clients", other.Load(),
+			dialed.Load(), clients)
+	}
+}
+
+// forward.go: copy the answer.
+
+func TestAnswersPassUntouched(t *testing.T) {
+	tests := []struct{ name, method, answer, head, body string }{
+		{"sized", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: a/b\r\n\r\nhello",
+			"Content-Length: 5\r\nContent-Type: a/b", "hello"},
+		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: " +
+			"chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked",
+			"5\r\nhello\r\n0\r\n\r\n"},
+		{"until close", "GET", "HTTP/1.1 200 OK\r\n\r\nhello", "Transfer-Encoding: chunked",
+			"5\r\nhello\r\n0\r\n\r\n"},
+		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: " +
+			"chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n",
+			"Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
+		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "Content-Length: 5", ""},
+		{"204", "GET", "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", "X-A: b", ""},
+		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nEtag: e\r\n\r\n", "Etag: e", ""},
+		{"429", "GET", "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\nRetry-After: " +
+			"3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0\r\n\r\n{}",
+			"Content-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: " +
+				"2999\r\nX-Ratelimit-Remaining-Tokens: 0", "{}"},
+		{"529", "GET", "HTTP/1.1 529 status code 529\r\nContent-Length: 0\r\n\r\n",
+			"Content-Length: 0", ""},
+		{"redirect", "POST", "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " +
+			"https://elsewhere.example/\r\n\r\n",
+			"Content-Length: 0\r\nLocation: https://elsewhere.example/", ""},
+		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: " +
+			"4\r\n\r\n\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4",
+			"\x1f\x8b\x08\x00"},
+		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: " +
+			"h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\nX-End: " +
+			"e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
+		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: " +
+			"a\r\nSet-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b",
+			""},
+		{"about the upstream's host", "GET", "HTTP/1.1 200 OK\r\nStrict-Transport-Security: " +
+			"max-age=1\r\n" +
+			"Alt-Svc: h3=\":443\"\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"Connection that names itself", "GET",
+			"HTTP/1.1 200 OK\r\nConnection: connection, content-type\r\n" +
+				"Content-Type: a\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: " +
+			"text/event-stream\r\nContent-Length: 0\r\n\r\n",
+			"Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no",
+			""},
+		{"event stream with a choice", "GET", "HTTP/1.1 200 OK\r\nContent-Type: " +
+			"text/event-stream\r\nContent-Length: 0\r\nX-Accel-Buffering: yes\r\n\r\n",
+			"Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: yes",
+			""},
+		{"early hints", "GET", "HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: " +
+			"0\r\n\r\n", "Content-Length: 0", ""},
+		{"100 unasked", "GET", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 " +
+			"OK\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			followLog(t)
+			upstream := newUpstream(t, answerRaw(strings.Replace(tt.answer, "\r\n\r\n",
+				"\r\nDate: now\r\n\r\n", 1)))
 			p := startProxy(t, newFakeIdentity(t), upstream, nil)
 			_, r := p.dial(t, tt.method+" /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
 			got, err := io.ReadAll(r)
@@ -1727,7 +2536,7 @@ func TestEachEventArrivesBeforeTheNextIsSent(t *testing.T) {
 	for _, h := range heads {
 		for _, scheme := range []string{"http", "https"} {
 			t.Run(h.name+" "+scheme, func(t *testing.T) {
-				captureLog(t)
+				followLog(t)
 				next := make(chan struct{})
 				handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					conn, _, err := http.NewResponseController(w).Hijack()
@@ -1791,8 +2600,8 @@ func TestCutAnswerCutsTheClient(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			logged := captureLog(t)
-			p := startProxy(t, newFakeIdentity(t), rawAnswer(t, tt.answer), nil)
+			logged := followLog(t)
+			p := startProxy(t, newFakeIdentity(t), newUpstream(t, answerRaw(tt.answer)), nil)
 			_, r := p.dial(t, "GET /x HTTP/"+tt.version+"\r\nHost: {host}\r\n\r\n")
 			resp, err := http.ReadResponse(r, nil)
 			if err == nil {
@@ -1809,10 +2618,12 @@ func TestCutAnswerCutsTheClient(t *testing.T) {
 }
 
 func TestCutAnswerCutsAClientThatIsStillSending(t *testing.T) {
-	captureLog(t)
-	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n"))
+	followLog(t)
+	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nTransfer-Encoding: "+
+		"chunked\r\n\r\n4\r\npart\r\n"))
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello",
+		"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
 		fmt.Sprintf("Content-Length: %d\r\n\r\n%s", smallBody+9, strings.Repeat("x", smallBody))} {
 		_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
 		framing = framing[:30]
@@ -1829,7 +2640,7 @@ func TestCutAnswerCutsAClientThatIsStillSending(t *testing.T) {
 func TestClientThatLeavesCancelsTheUpstream(t *testing.T) {
 	for _, name := range []string{"waiting for the head", "in the body"} {
 		t.Run(name, func(t *testing.T) {
-			captureLog(t)
+			followLog(t)
 			called, cancelled := make(chan struct{}), make(chan struct{})
 			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 				io.Copy(io.Discard, r.Body)
@@ -1853,7 +2664,7 @@ func TestClientThatLeavesCancelsTheUpstream(t *testing.T) {
 func TestClientMayLeaveAStream(t *testing.T) {
 	identity := newFakeIdentity(t)
 	upstream, _ := heldUpstream(t, identity)
-	logged := captureLog(t)
+	logged := followLog(t)
 	p := startProxy(t, identity, upstream, vars{"HOST": "127.0.0.1"})
 	conn, r := p.dial(t, "GET /stream HTTP/1.1\r\nHost: {host}\r\n\r\n")
 	if _, err := http.ReadResponse(r, nil); err != nil {
@@ -1868,31 +2679,34 @@ func TestClientMayLeaveAStream(t *testing.T) {
 	}
 }
 
-func TestEarlyAnswerPassesWhileTheUploadRuns(t *testing.T) {
-	captureLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex() // or this server would wait for the body
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
-		resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
-		if resp.StatusCode != 413 || body != "too large\n" {
-			t.Errorf("got %d %q, want the upstream's 413", resp.StatusCode, body)
+// TestStreamedUploadEndsItsConnection: what follows a malformed chunk could else be taken for a
+// request, if the answer comes at the same moment.
+func TestStreamedUploadEndsItsConnection(t *testing.T) {
+	p, _ := startRecorded(t, nil)
+	for request, end := range map[string]bool{
+		"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n": true,
+		"Content-Length: 2\r\n\r\nhi":                            false,
+	} {
+		resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+request)
+		if resp.StatusCode != 200 || resp.Close != end {
+			t.Errorf("%q: got %d, Connection: close %v; want 200, %v", request, resp.StatusCode,
+				resp.Close, end)
 		}
 	}
 }
 
-// TestRestOfABodyIsNoRequest has the upstream answer early, and then the client go on as if its body
+// TestRestOfABodyIsNoRequest has the upstream answer early, and then the client go on as if its
+// body
 // had ended (golang/go#68560).
 func TestRestOfABodyIsNoRequest(t *testing.T) {
-	logged := captureLog(t)
+	logged := followLog(t)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		http.NewResponseController(w).EnableFullDuplex()
 		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
 	})
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: "+
+		"chunked\r\n\r\n3\r\nabc\r\n")
 	resp, err := http.ReadResponse(r, nil)
 	if err != nil || resp.StatusCode != 413 || !resp.Close {
 		t.Fatalf("got %+v, %v; want 413 and the connection's end", resp, err)
@@ -1904,333 +2718,85 @@ func TestRestOfABodyIsNoRequest(t *testing.T) {
 	}
 }
 
-func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
-	captureLog(t)
-	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), map[string]string{"EXPECTED_KEY": "sesame"})
-	answers := make(map[string]*bufio.Reader)
-	for _, line := range []string{"POST /x", "GET /healthz", "POST /../x"} {
-		for _, framing := range []string{"Content-Length: 1000", "Content-Length: 1000000", "Transfer-Encoding: chunked"} {
-			request := line + " HTTP/1.1\r\nHost: {host}\r\n" + framing + "\r\n\r\n"
-			_, answers[request] = p.dial(t, request)
-		}
+// TestNothingOutlivesItsRequest mixes streams, aborts, uploads and upgrades, and counts what is
+// left.
+func TestNothingOutlivesItsRequest(t *testing.T) {
+	followLog(t)
+	identity := newFakeIdentity(t)
+	upstream, _ := heldUpstream(t, identity)
+	p := startProxy(t, identity, upstream, nil)
+	p.do(t, "GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n") // all has started
+	before := runtime.NumGoroutine()
+	const stream = `{"stream":true}`
+	requests := []string{
+		"POST /v1/stream HTTP/1.1\r\nHost: {host}\r\nContent-Length: 15\r\n\r\n" + stream,
+		"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9999999\r\n\r\n" +
+			stream,
+		"POST /v1/responses HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n" +
+			stream,
+		"GET /v1/realtime HTTP/1.1\r\n" + webSocketHead + "\r\n",
+		"GET /../x HTTP/1.1\r\nHost: {host}\r\n\r\n",
+		"\x16\x03\x01 garbage\r\n\r\n",
 	}
-	for request, r := range answers {
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil || resp.StatusCode != 401 {
-			t.Fatalf("%q: got %v, %v", request, resp, err)
-		}
-		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("%q: the connection stays open", request)
-		}
-	}
-}
-
-func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
-	p, upstream := startRecorded(t, nil)
-	p.forwarder.bodyTime = 50 * time.Millisecond
-	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
-	got, err := io.ReadAll(r)
-	if !strings.HasPrefix(string(got), "HTTP/1.1 408 ") || errors.Is(err, os.ErrDeadlineExceeded) || len(upstream.seen) > 0 {
-		t.Errorf("got %q, %v and %d requests upstream; want 408 and the connection closed", got, err, len(upstream.seen))
-	}
-	// The limit is the body's only: the connection may then be idle for longer.
-	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi")
-	for range 2 {
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.Copy(io.Discard, resp.Body)
-		<-time.After(2 * p.forwarder.bodyTime) // a deadline left behind would have passed
-		io.WriteString(conn, "GET /x HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
-	}
-}
-
-// TestMalformedBodyIsTheClientsFault, of which nothing is told: beside a token that is removed from it,
-// what a client sends would tell how much of it was right.
-func TestMalformedBodyIsTheClientsFault(t *testing.T) {
-	p, _ := startRecorded(t, nil)
-	resp, trailer := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nguess\r\n\r\n")
-	if resp.StatusCode != 400 || strings.Contains(trailer, "guess") {
-		t.Errorf("got %d %s, want 400 and nothing of the body", resp.StatusCode, trailer)
-	}
-	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
-	if resp.StatusCode != 400 || !strings.Contains(body, "invalid_body") || !strings.Contains(body, "broke off or is malformed") {
-		t.Errorf("got %d %s, want 400 and the cause", resp.StatusCode, body)
-	}
-}
-
-// TestStreamedUploadEndsItsConnection: what follows a malformed chunk could else be taken for a
-// request, if the answer comes at the same moment.
-func TestStreamedUploadEndsItsConnection(t *testing.T) {
-	p, _ := startRecorded(t, nil)
-	for request, end := range map[string]bool{
-		"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n": true,
-		"Content-Length: 2\r\n\r\nhi":                            false,
-	} {
-		resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+request)
-		if resp.StatusCode != 200 || resp.Close != end {
-			t.Errorf("%q: got %d, Connection: close %v; want 200, %v", request, resp.StatusCode, resp.Close, end)
-		}
-	}
-}
-
-// TestEarlyAnswerOfAnUpstreamThatHangsUp has the upstream answer and close its connection, which
-// resets it, while the upload still runs.
-func TestEarlyAnswerOfAnUpstreamThatHangsUp(t *testing.T) {
-	captureLog(t)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			conn, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() { // as there is an idle connection from the start
-				conn.Read(make([]byte, 4096)) // and not the rest
-				io.WriteString(conn, "HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 5\r\n\r\nlarge")
-				conn.Close()
-			}()
-		}
-	}()
-	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"TARGET_URL": "http://" + ln.Addr().String() + "/openai/"})
-	for range 5 {
-		resp, err := http.Post(p.url+"/x", "text/plain", io.LimitReader(zeros{}, 20<<20))
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if resp.StatusCode != 413 || string(body) != "large" {
-			t.Errorf("got %d %s, want the upstream's 413", resp.StatusCode, body)
-		}
-	}
-}
-
-// TestClientThatExpectsItGets100First, before whatever the upstream says. If the server wrote its 100
-// at the first reading of the body, the two could garble each other, and Go 1.27 take the body away.
-func TestClientThatExpectsItGets100First(t *testing.T) {
-	captureLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-		http.NewResponseController(w).Flush()
-		io.Copy(io.Discard, r.Body)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	client, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
-	for _, want := range []int{100, 413} {
-		resp, err := http.ReadResponse(r, &http.Request{Method: "POST"})
-		if err != nil || resp.StatusCode != want {
-			t.Fatalf("got %v, %v; want %d", resp, err, want)
-		}
-		if want == 100 { // Go 1.27 holds an early answer back until there is more of the body
-			io.WriteString(client, "2\r\nhi\r\n0\r\n\r\n")
-		}
-	}
-}
-
-// TestRefusalReachesAClientThatKeepsSending, although it expects a 100. Left to itself the server would
-// reset its connection, and this client prefers the failure of its upload to an answer.
-func TestRefusalReachesAClientThatKeepsSending(t *testing.T) {
-	captureLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		w.Header().Set("Connection", "close") // or the next request could meet its end
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "sesame"})
-	for key, status := range map[string]int{"wrong": 401, "sesame": 413} {
-		for range 10 {
-			req, _ := http.NewRequest("POST", p.url+"/x", bytes.NewReader(make([]byte, 4<<20)))
-			req.Header.Set("api-key", key)
-			req.Header.Set("Expect", "100-continue")
-			resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-			if err != nil {
-				t.Fatalf("key %s: %v", key, err)
-			}
-			if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != status {
-				t.Errorf("key %s: got %d %s %v, want %d", key, resp.StatusCode, body, err, status)
-			}
-		}
-	}
-}
-
-func TestOwnErrorsAreSized(t *testing.T) {
-	p, _ := startRecorded(t, vars{"EXPECTED_KEY": "sesame"})
-	resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n")
-	if resp.StatusCode != 401 || resp.ContentLength != int64(len(body)) || len(body) == 0 {
-		t.Errorf("got %d with length %d: %s", resp.StatusCode, resp.ContentLength, body)
-	}
-}
-
-// TestWrittenRequestIsNotRepeated has the upstream close a connection after it has read a POST.
-func TestWrittenRequestIsNotRepeated(t *testing.T) {
-	captureLog(t)
-	var posts atomic.Int64
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		if r.Method == "POST" {
-			if r.Header.Get("Idempotency-Key") != "" {
-				t.Error("with an Idempotency-Key a transport sends a POST again")
-			}
-			posts.Add(1)
-			panic(http.ErrAbortHandler)
-		}
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n") // leaves a connection to be used again
-	resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nIdempotency-Key: k\r\nContent-Length: 2\r\n\r\nhi")
-	if resp.StatusCode != 502 || posts.Load() != 1 {
-		t.Errorf("got %d after %d POSTs, want 502 after 1", resp.StatusCode, posts.Load())
-	}
-}
-
-// TestImmediateAnswersAreWhole would fail in some of a hundred uploads without full duplex
-// (golang/go#40747).
-func TestImmediateAnswersAreWhole(t *testing.T) {
-	captureLog(t)
-	answer := strings.Repeat("x", 10_000)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		io.WriteString(w, answer[:5000])
-		w.(http.Flusher).Flush()
-		io.Copy(io.Discard, r.Body)
-		io.WriteString(w, answer[5000:])
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	body := bytes.Repeat([]byte("y"), smallBody+1)
 	var wg sync.WaitGroup
-	for range 8 {
+	for i := range 120 {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			for range 50 {
-				resp, err := http.Post(p.url+"/x", "text/plain", bytes.NewReader(body))
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				got, err := io.ReadAll(resp.Body)
-				resp.Body.Close()
-				if err != nil || string(got) != answer {
-					t.Errorf("got %d bytes, %v; want %d", len(got), err, len(answer))
-				}
+			conn, r := p.dial(t, requests[i%len(requests)])
+			if i%4 == 0 && i%len(requests) != 2 { // whose upload has no end, and so no answer
+				r.ReadByte()
 			}
+			conn.Close()
 		}()
 	}
 	wg.Wait()
-}
-
-func TestUnreachableUpstreamIsNamed(t *testing.T) {
-	untrusted := httptest.NewTLSServer(http.NotFoundHandler())
-	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
-	t.Cleanup(untrusted.Close)
-	tests := []struct{ name, url, want string }{
-		{"refused", nobody, "connection failed"},
-		{"certificate", untrusted.URL, "certificate not trusted"},
-		{"hang-up", rawAnswer(t, "").URL, "connection broke"},
-		{"garbage", rawAnswer(t, "\x1b[31mSSH-2.0\r\n\r\n").URL, "connection broke"},
-		{"101 unasked", rawAnswer(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").URL, "unexpected status 101 Switching Protocols"},
-		{"status 000", rawAnswer(t, "HTTP/1.1 000 Zero\r\n\r\n").URL, "unexpected status 0"},
-		{"token outside of HTTP", rawAnswer(t, "Bearer token-1\r\n\r\n").URL, "the answer is not HTTP"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			logged := captureLog(t)
-			p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), map[string]string{"TARGET_URL": tt.url + "/openai/"})
-			resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-			host := strings.SplitN(tt.url, "/", 3)[2]
-			if resp.StatusCode != 502 || !strings.Contains(body, "no answer from "+host) || !strings.Contains(body, tt.want) {
-				t.Errorf("got %d %s, want 502 with %q", resp.StatusCode, body, tt.want)
-			}
-			if !strings.Contains(logged.String(), tt.want) || strings.Contains(logged.String(), "\x1b") {
-				t.Errorf("log: %s", logged)
-			}
-			if strings.Contains(body+logged.String(), "token-1") {
-				t.Errorf("the token is in the answer or the log: %s %s", body, logged)
-			}
-		})
-	}
-	f := newForwarder(&url.URL{Host: "x.invalid"}, "", nil, &secrets{})
-	text, hint := f.describeFailure(&net.DNSError{Err: "no such host", Name: "x.invalid"})
-	if text != "no answer from x.invalid: DNS lookup failed: x.invalid: no such host" || hint == "" {
-		t.Errorf("got %q, %q", text, hint)
+	deadline := time.Now().Add(safetyNet)
+	for p.forwarder.streams.Load() > 0 || runtime.NumGoroutine() > before {
+		if time.Now().After(deadline) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d requests and %d goroutines, %d before\n%s", p.forwarder.streams.Load(),
+				runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+		}
+		p.forwarder.transport.CloseIdleConnections()
+		runtime.Gosched()
 	}
 }
 
-func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
-	captureLog(t)
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		writeJSON(w, 400, `{"error":"invalid_request","error_description":"Identity not found"}`)
-	})
-	p := startProxy(t, identity, newUpstream(t, nil), nil)
-	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-	if resp.StatusCode != 503 || !strings.Contains(body, `"error_description\":\"Identity not found\"`) || resp.Header.Get("Retry-After") != "1" {
-		t.Errorf("got %d %v %s", resp.StatusCode, resp.Header, body)
-	}
-}
-
-// TestClientThatEndsItsHalfIsToldSo, and not that the upstream failed: to the server it has gone.
-func TestClientThatEndsItsHalfIsToldSo(t *testing.T) {
-	for _, waiting := range []string{"for the token", "for the answer"} {
-		t.Run(waiting, func(t *testing.T) {
-			logged := captureLog(t)
-			asked := make(chan bool, 9)
-			hold := func(w http.ResponseWriter, r *http.Request) {
-				asked <- true
-				<-r.Context().Done()
-			}
-			identity := newFakeIdentity(t)
-			if waiting == "for the token" {
-				identity.answerWith(hold)
-			}
-			p := startProxy(t, identity, newUpstream(t, hold), vars{"HOST": "127.0.0.1"})
-			conn, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-			<-asked
-			conn.(*net.TCPConn).CloseWrite()
-			resp, err := http.ReadResponse(r, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			body, _ := io.ReadAll(resp.Body)
-			if resp.StatusCode != 503 || !strings.Contains(string(body), "client left, or the proxy stopped") {
-				t.Errorf("got %d %s", resp.StatusCode, body)
-			}
-			if text := logged.String(); strings.Contains(text, "no answer from") ||
-				strings.Contains(text, "context canceled") || !strings.Contains(text, ": client left") {
-				t.Errorf("got %s", text)
-			}
-		})
-	}
-}
+// forward.go: the tunnel.
 
 func TestUpgrades(t *testing.T) {
-	const accepted = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Accept: a\r\n\r\nfirst frame"
+	const accepted = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " +
+		"websocket\r\nSec-Websocket-Accept: a\r\n\r\nfirst frame"
 	tests := []struct {
 		name, request, answer string
 		status                int
 		want                  string
 	}{
 		{"accepted", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 101, "first frame"},
-		{"refused", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 4\r\n\r\nnope", 426, "nope"},
-		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unexpected status 101 Switching Protocols"},
+		{"refused", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
+			"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 4\r\n\r\nnope", 426, "nope"},
+		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
+			strings.Replace(accepted, "websocket", "h2c", 1), 502,
+			"unexpected status 101 Switching Protocols"},
 		{"without Connection: Upgrade", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
-			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502, "no answer from 127.0.0.1:"},
-		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502, "unexpected status 101 Switching Protocols"},
-		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502, "unexpected status 101 Switching Protocols"},
-		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi", accepted, 502, "unexpected status 101 Switching Protocols"},
-		{"not in Connection", "GET /x HTTP/1.1\r\n" + strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502, "unexpected status 101 Switching Protocols"},
+			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502,
+			"no answer from 127.0.0.1:"},
+		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: " +
+			"h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502,
+			"unexpected status 101 Switching Protocols"},
+		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502,
+			"unexpected status 101 Switching Protocols"},
+		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi",
+			accepted, 502, "unexpected status 101 Switching Protocols"},
+		{"not in Connection", "GET /x HTTP/1.1\r\n" +
+			strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502,
+			"unexpected status 101 Switching Protocols"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			captureLog(t)
-			p := startProxy(t, newFakeIdentity(t), rawAnswer(t, tt.answer), nil)
+			followLog(t)
+			p := startProxy(t, newFakeIdentity(t), newUpstream(t, answerRaw(tt.answer)), nil)
 			_, r := p.dial(t, tt.request)
 			resp, err := http.ReadResponse(r, nil)
 			if err != nil {
@@ -2242,7 +2808,8 @@ func TestUpgrades(t *testing.T) {
 			} else {
 				body, err = io.ReadAll(resp.Body)
 			}
-			if err != nil || resp.StatusCode != tt.status || !strings.Contains(string(body), tt.want) {
+			if err != nil || resp.StatusCode != tt.status ||
+				!strings.Contains(string(body), tt.want) {
 				t.Errorf("got %d %q %v, want %d %q", resp.StatusCode, body, err, tt.status, tt.want)
 			}
 		})
@@ -2252,23 +2819,26 @@ func TestUpgrades(t *testing.T) {
 func TestRealtimeEchoThroughTheTunnel(t *testing.T) {
 	for _, scheme := range []string{"http", "https"} {
 		t.Run(scheme, func(t *testing.T) {
-			captureLog(t)
+			followLog(t)
 			identity := newFakeIdentity(t)
 			upstream := newUpstream(t, fakeAzure(identity, nil))
 			if scheme == "https" {
 				upstream = httptest.NewTLSServer(fakeAzure(identity, nil))
 				t.Cleanup(upstream.Close)
 			}
-			p := startProxy(t, identity, upstream, map[string]string{"EXPECTED_KEY": "sesame"})
+			p := startProxy(t, identity, upstream, vars{"EXPECTED_KEY": "sesame"})
 			// The first frame follows the head at once, as some clients send it.
 			conn, r := p.dial(t, "GET /realtime?api-key=sesame HTTP/1.1\r\n"+webSocketHead+
-				"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n\r\n\x81\x05hello")
+				"Sec-WebSocket-Protocol: realtime, "+
+				"openai-insecure-api-key.sesame\r\n\r\n\x81\x05hello")
 			resp, err := http.ReadResponse(r, nil)
-			if err != nil || resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Protocol") != "realtime" ||
+			if err != nil || resp.StatusCode != 101 ||
+				resp.Header.Get("Sec-WebSocket-Protocol") != "realtime" ||
 				resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
 				t.Fatalf("got %+v, %v", resp, err)
 			}
-			if _, greeting, err := readFrame(r); err != nil || !strings.Contains(string(greeting), "session.created") {
+			if _, greeting, err := readFrame(r); err != nil ||
+				!strings.Contains(string(greeting), "session.created") {
 				t.Fatalf("got %q, %v", greeting, err)
 			}
 			if _, echo, err := readFrame(r); err != nil || string(echo) != "hello" {
@@ -2286,7 +2856,7 @@ func TestRealtimeEchoThroughTheTunnel(t *testing.T) {
 }
 
 func TestTunnelDeliversAllThatTheUpstreamSent(t *testing.T) {
-	captureLog(t)
+	followLog(t)
 	const size = 8 << 20
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		conn, _, err := http.NewResponseController(w).Hijack()
@@ -2295,7 +2865,8 @@ func TestTunnelDeliversAllThatTheUpstreamSent(t *testing.T) {
 			return
 		}
 		defer conn.Close()
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"+
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: "+
+			"Upgrade\r\nUpgrade: websocket\r\n\r\n"+
 			strings.Repeat("x", size))
 		conn.(*net.TCPConn).CloseWrite()
 		io.Copy(io.Discard, conn)
@@ -2318,7 +2889,8 @@ func TestTunnelDeliversAllThatTheUpstreamSent(t *testing.T) {
 	}
 }
 
-// TestTunnelEndsInEachDirectionByItself has one side send its last bytes and shut its sending side, and
+// TestTunnelEndsInEachDirectionByItself has one side send its last bytes and shut its sending side,
+// and
 // the other one answer only then.
 func TestTunnelEndsInEachDirectionByItself(t *testing.T) {
 	const last, answer = "last bytes of the one", "last bytes of the other"
@@ -2348,12 +2920,13 @@ func TestTunnelEndsInEachDirectionByItself(t *testing.T) {
 			continue // the upstream's connection can only be closed altogether there
 		}
 		t.Run(name, func(t *testing.T) {
-			captureLog(t)
+			followLog(t)
 			done := make(chan error, 1)
 			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 				conn, buffered, err := http.NewResponseController(w).Hijack()
 				if err == nil {
-					io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+
+					io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: "+
+						"Upgrade\r\n"+
 						"Upgrade: websocket\r\n\r\n")
 					err = sides.upstream(conn, buffered)
 					conn.Close()
@@ -2379,7 +2952,7 @@ func TestTunnelEndsInEachDirectionByItself(t *testing.T) {
 func TestTunnelDoesNotWaitForEver(t *testing.T) {
 	for _, silent := range []string{"upstream", "client"} {
 		t.Run(silent, func(t *testing.T) {
-			captureLog(t)
+			followLog(t)
 			release := make(chan bool)
 			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 				conn, _, err := http.NewResponseController(w).Hijack()
@@ -2387,7 +2960,8 @@ func TestTunnelDoesNotWaitForEver(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+				io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: "+
+					"Upgrade\r\nUpgrade: websocket\r\n\r\n")
 				if silent == "upstream" {
 					<-release
 				}
@@ -2415,7 +2989,7 @@ func TestTunnelDoesNotWaitForEver(t *testing.T) {
 
 // TestTunnelEndsWhenOneSideBreaks, however long the other would go on.
 func TestTunnelEndsWhenOneSideBreaks(t *testing.T) {
-	captureLog(t)
+	followLog(t)
 	ended := make(chan error, 1)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		conn, _, err := http.NewResponseController(w).Hijack()
@@ -2425,7 +2999,8 @@ func TestTunnelEndsWhenOneSideBreaks(t *testing.T) {
 		}
 		defer conn.Close()
 		conn.SetDeadline(time.Now().Add(safetyNet))
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: "+
+			"Upgrade\r\nUpgrade: websocket\r\n\r\n")
 		for err == nil { // takes no notice of an end in the other direction
 			_, err = io.WriteString(conn, "event\n")
 		}
@@ -2443,27 +3018,35 @@ func TestTunnelEndsWhenOneSideBreaks(t *testing.T) {
 	}
 }
 
+// forward.go: what is logged, and hints.
+
 func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
-	logged := captureLog(t)
+	logged := followLog(t)
 	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Apim-Request-Id", "id-1")
 		writeJSON(w, 404, `{"error":{"code":"DeploymentNotFound"}}`)
 	})
-	p := startProxy(t, newFakeIdentity(t), upstream, map[string]string{"EXPECTED_KEY": "open sesame"})
-	conn, r := p.dial(t, "GET /v1/open%20sesame/\xe2\x80\xa8\xc2\x9b?api-key=open+sesame&API%2Dkey=other1&x=%6fpen%20sesame;authorization=other2 HTTP/1.1\r\n"+
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "open sesame"})
+	conn, r := p.dial(t, "GET /v1/open%20sesame/\xe2\x80\xa8\xc2\x9b?api-key=open+sesame&API%2D"+
+		"key=other1&x=%6fpen%20sesame;authorization=other2 HTTP/1.1\r\n"+
 		"Host: {host}\r\napi-key: open sesame\r\nAuthorization: Bearer other3\r\n\r\n")
 	if _, err := http.ReadResponse(r, nil); err != nil {
 		t.Fatal(err)
 	}
-	p.do(t, "POST /deployments/gpt-4o?api-version=1 HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\napi-key: open sesame\r\n\r\n")
+	p.do(t, "POST /deployments/gpt-4o?api-version=1 HTTP/1.1\r\nHost: {host}\r\nConnection: "+
+		"close\r\napi-key: open sesame\r\n\r\n")
 	text := logged.String()
-	for _, secret := range []string{"sesame", "other1", "other2", "other3", "token-1", "\xe2\x80\xa8", "\xc2\x9b"} {
+	for _, secret := range []string{"sesame", "other1", "other2", "other3", "token-1",
+		"\xe2\x80\xa8", "\xc2\x9b"} {
 		if strings.Contains(text, secret) {
 			t.Errorf("%q is in the log:\n%s", secret, text)
 		}
 	}
-	arrival := regexp.MustCompile(`(?m)^[0-9/]+ [0-9:]+ POST /deployments/gpt-4o\?api-version=1 from 127\.0\.0\.1:\d+$`)
-	problem := regexp.MustCompile(`(?m)POST http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered 404 Not Found: DeploymentNotFound; ` +
+	arrival := regexp.MustCompile(`(?m)^[0-9/]+ [0-9:]+ POST ` +
+		`/deployments/gpt-4o\?api-version=1 from 127\.0\.0\.1:\d+$`)
+	problem := regexp.MustCompile(`(?m)POST ` +
+		`http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered ` +
+		`404 Not Found: DeploymentNotFound; ` +
 		`hint: there is no deployment of this name.*; apim-request-id id-1$`)
 	if !arrival.MatchString(text) || !problem.MatchString(text) {
 		t.Errorf("got\n%s", text)
@@ -2474,13 +3057,16 @@ func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 // TestKeyInATargetIsNotLogged, in whatever form of a URL it is.
 func TestKeyInATargetIsNotLogged(t *testing.T) {
 	for key, forms := range map[string][]string{
-		"a+b c": {"/a+b%20c", "/x?k=a%2Bb+c", "/x?k=a%2bb%20c", "/x?y=%zz&k=a%2Bb+c", "/a%2bb%20c?k=%zz"},
-		"a%b":   {"/x?k=a%25b", "/x?k=%61%25%62"},
+		"a+b c": {"/a+b%20c", "/x?k=a%2Bb+c", "/x?k=a%2bb%20c", "/x?y=%zz&k=a%2Bb+c",
+			"/a%2bb%20c?k=%zz"},
+		"a%b": {"/x?k=a%25b", "/x?k=%61%25%62"},
 	} {
-		logged := captureLog(t)
-		p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound), vars{"EXPECTED_KEY": key, "HOST": "127.0.0.1"})
+		logged := followLog(t)
+		p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound),
+			vars{"EXPECTED_KEY": key, "HOST": "127.0.0.1"})
 		for _, form := range forms {
-			p.do(t, "GET "+form+" HTTP/1.1\r\nHost: {host}\r\napi-key: "+key+"\r\nConnection: close\r\n\r\n")
+			p.do(t, "GET "+form+" HTTP/1.1\r\nHost: {host}\r\napi-key: "+key+"\r\nConnection: "+
+				"close\r\n\r\n")
 		}
 		for _, line := range strings.Split(logged.String(), "\n") {
 			if strings.Contains(line, "a+b") || strings.ContainsAny(line, "%") {
@@ -2497,16 +3083,20 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 	token := "eyJ0eXAiOiJKV1Qi." + strings.Repeat("t0k3n", 300)
 	body := `{"error":{"code":"TOKEN","param":"KEY","message":"TOKEN a prompt KEY"}}`
 	tests := []struct{ name, answer, want string }{
-		{"reason phrase", "HTTP/1.1 403 TOKEN KEY\r\nContent-Length: 0\r\n\r\n", "answered 403 Forbidden"},
+		{"reason phrase", "HTTP/1.1 403 TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
+			"answered 403 Forbidden"},
 		{"Retry-After", "HTTP/1.1 429 No\r\nRetry-After: TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
 			"answered 429 Too Many Requests; Retry-After: REDACTED REDACTED; hint: too many"},
-		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
+		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\nContent-Length: " +
+			"0\r\n\r\n",
 			"answered 500 Internal Server Error; apim-request-id x REDACTED REDACTED"},
-		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\nContent-Length: 0\r\n\r\n",
+		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\nContent-Length: " +
+			"0\r\n\r\n",
 			"apim-request-id REDACTED"},
 		{"at the cut", "HTTP/1.1 500 No\r\nApim-Request-Id: FILLTOKEN\r\nContent-Length: 0\r\n\r\n",
 			"x x REDA…"},
-		{"rest of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: REST\r\nContent-Length: 0\r\n\r\n",
+		{"rest of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: REST\r\nContent-Length: " +
+			"0\r\n\r\n",
 			"apim-request-id REDACTED\n"},
 		{"many words", "HTTP/1.1 500 No\r\nApim-Request-Id: " + strings.Repeat("ab ", 999) +
 			"\r\nContent-Length: 0\r\n\r\n", "ab ab…\n"},
@@ -2518,22 +3108,26 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 			"answer cut: the connection ended, or the answer is not HTTP"},
 		{"100", "HTTP/1.1 101 TOKEN KEY\r\n\r\n", "unexpected status 101 Switching Protocols"},
 		{"long", "HTTP/1.1 429 No\r\nRetry-After: " + strings.Repeat("9", 900_000) +
-			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n", "Retry-After: REDACTED; hint: too many requests or tokens for the deployment's quota; apim-request-id id\n"},
-		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: a\xe2\x80\xa8b\xc2\x9bc\r\nContent-Length: 0\r\n\r\n",
+			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n",
+			"Retry-After: REDACTED; hint: too many requests or tokens for the deployment's " +
+				"quota; apim-request-id id\n"},
+		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: " +
+			"a\xe2\x80\xa8b\xc2\x9bc\r\nContent-Length: 0\r\n\r\n",
 			"apim-request-id a b c\n"},
 	}
 	fill := strings.NewReplacer("TOKEN", token, "KEY", key, "HALF", token[:len(token)/2],
 		"REST", token[len(token)/2:], "FILL", strings.Repeat("x ", maxPiece/2-2))
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			logged := captureLog(t)
+			logged := followLog(t)
 			identity := newFakeIdentity(t)
 			identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
 				fmt.Fprint(w, tokenAnswer(token, time.Hour))
 			})
-			upstream := rawAnswer(t, fill.Replace(tt.answer))
+			upstream := newUpstream(t, answerRaw(fill.Replace(tt.answer)))
 			p := startProxy(t, identity, upstream, vars{"EXPECTED_KEY": key, "HOST": "127.0.0.1"})
-			_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\napi-key: "+key+"\r\n\r\n")
+			_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: "+
+				"close\r\napi-key: "+key+"\r\n\r\n")
 			answer, _ := io.ReadAll(r)
 			text := logged.String()
 			if !strings.Contains(text, tt.want) {
@@ -2563,56 +3157,13 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 	}
 }
 
-// TestLogOfTheGoLibraryIsSafeToo has the upstream send the token after its answer, which net/http logs.
-func TestLogOfTheGoLibraryIsSafeToo(t *testing.T) {
-	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer(token, time.Hour)) })
-	p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1",
-		"TARGET_URL":                        rawAnswer(t, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"+token).URL,
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
-	resp, err := http.Get("http://" + p.listens(t) + "/x")
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
-	line, _ := p.stderr.waitFor(t, "Unsolicited response")
-	if strings.Contains(line, "t0k3n") || !strings.Contains(line, "REDACTED") {
-		t.Errorf("got %s", line)
-	}
-}
-
-// TestCheckKeepsTheGoLibrarysLogSafe, as it has the same upstream.
-func TestCheckKeepsTheGoLibrarysLogSafe(t *testing.T) {
-	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, tokenAnswer(token, time.Hour)) })
-	p := startProgram(t, "", vars{"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
-		"TARGET_URL": rawAnswer(t, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"+token).URL + "/openai/"}, "-check")
-	if status, stderr := p.end(); status != 0 || strings.Contains(strings.Join(stderr, "\n"), "t0k3n") {
-		t.Errorf("got exit status %d and %q", status, stderr)
-	}
-}
-
-// TestCheckTellsItsHintsFromForeignOnes: a peer cannot have -check give advice.
-func TestCheckTellsItsHintsFromForeignOnes(t *testing.T) {
-	identity := newFakeIdentity(t)
-	upstream := rawAnswer(t, "HTTP/1.1 429 No\r\nRetry-After: 1; hint: lacks the role\r\n\r\n")
-	var out bytes.Buffer
-	runCheck(vars{"TARGET_URL": upstream.URL + "/openai/",
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &out)
-	if text := out.String(); strings.Contains(text, "\n      hint: lacks") || strings.Contains(text, "az role") ||
-		!strings.Contains(text, "\n      hint: too many requests") {
-		t.Errorf("got %s", text)
-	}
-}
-
 // TestWhatTheClientSaysIsBoundedInTheLog: a line has some hundred bytes of it.
 func TestWhatTheClientSaysIsBoundedInTheLog(t *testing.T) {
-	logged := captureLog(t)
+	logged := followLog(t)
 	p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound), nil)
 	long := strings.Repeat("A", 20_000)
-	for _, line := range []string{"GET /" + long, "GET /x?" + long, long + " /x", "GET /x?" + long + "%zz",
+	for _, line := range []string{"GET /" + long, "GET /x?" + long, long + " /x", "GET /x?" + long +
+		"%zz",
 		"GET /" + strings.Repeat("%e2%80%a8", 2000)} {
 		resp, _ := p.do(t, line+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
 		if resp.StatusCode != 404 {
@@ -2626,9 +3177,87 @@ func TestWhatTheClientSaysIsBoundedInTheLog(t *testing.T) {
 	}
 }
 
+// TestReasonOfARefusalIsLogged: its code and parameter, never its message.
+func TestReasonOfARefusalIsLogged(t *testing.T) {
+	tests := []struct{ name, body, want string }{
+		{"Azure OpenAI", `{"error":{"message":"LEAK","type":"LEAK","param":"max_tokens","code":` +
+			`"unsupported_parameter"}}`,
+			"unsupported_parameter (param max_tokens)"},
+		{"Claude", `{"type":"error","error":{"type":"not_found_error","message":"LEAK"}}`,
+			"not_found_error"},
+		{"an index", `{"error":{"code":"a","param":"messages[0].content"}}`,
+			"a (param messages[0].content)"},
+		{"parameter alone", `{"error":{"param":"n"}}`, "(param n)"},
+		{"null", `{"error":{"code":null,"type":null,"param":null}}`, ""},
+		{"number", `{"error":{"code":400,"param":1}}`, ""},
+		{"words", `{"error":{"code":"LEAK is no code","param":"LEAK\n"}}`, ""},
+		{"not ASCII", `{"error":{"code":"LEAK\u202e"}}`, ""},
+		{"too long", `{"error":{"code":"` + strings.Repeat("LEAK", 17) + `"}}`, ""},
+		{"object", `{"error":{"code":{"LEAK":1},"param":["LEAK"]}}`, ""},
+		{"error of text", `{"error":"LEAK"}`, ""},
+		{"message alone", `{"statusCode":401,"message":"LEAK"}`, ""},
+		{"array", `["LEAK"]`, ""},
+		{"not JSON", `LEAK`, ""},
+		{"cut", `{"error":{"code":"LEAK"`, ""},
+		{"status", `{"error":{"code":"418"}}`, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := followLog(t)
+			upstream := newUpstream(t, func(w http.ResponseWriter,
+				r *http.Request) {
+				writeJSON(w, 418, tt.body)
+			})
+			p := startProxy(t, newFakeIdentity(t), upstream, nil)
+			p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+			want := ": answered 418 I'm a teapot\n"
+			if tt.want != "" {
+				want = ": answered 418 I'm a teapot: " + tt.want + "\n"
+			}
+			if text := logged.String(); !strings.Contains(text, want) ||
+				strings.Contains(text, "LEAK") {
+				t.Errorf("got %s, want %q", text, want)
+			}
+		})
+	}
+}
+
+func TestUpstreamHints(t *testing.T) {
+	f := &forwarder{secrets: &secrets{}}
+	const jwt = "e30.eyJhdWQiOiJodHRwczovL2EuZXhhbXBsZSIsIm9pZCI6IjEyMyJ9.sig"
+	tests := []struct {
+		status       int
+		answer, want string
+	}{
+		{401, `{"error":{"code":"PermissionDenied","message":"The principal lacks the required ` +
+			`data action"}}`, "object id 123 lacks the role Cognitive Services OpenAI User"},
+		{401, `{"error":{"message":"Access token is missing, invalid, audience is incorrect"}}`,
+			"the token is for https://a.example, the wrong audience"},
+		{403, `{"error":{"message":"Access denied due to Virtual Network/Firewall rules."}}`,
+			"network rules refuse this host"},
+		{404, `{"error":{"code":"DeploymentNotFound"}}`, "no deployment of this name"},
+		{404, `{"error":{"code":"404","message":"Resource not found"}}`, "no such path"},
+		{400, `Please provide a custom subdomain for token authentication`,
+			"a regional endpoint takes no tokens"},
+		{429, ``, "Retry-After: 7"},
+	}
+	for _, tt := range tests {
+		resp := &http.Response{StatusCode: tt.status, Status: strconv.Itoa(tt.status),
+			Header: http.Header{}}
+		if tt.status == 429 {
+			resp.Header.Set("Retry-After", "7")
+		}
+		if got := withHint(f.explain(resp, []byte(tt.answer),
+			token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
+			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
+		}
+	}
+}
+
 // TestRefusalsAreExplainedThoughCompressed, as the client asked for that.
 func TestRefusalsAreExplainedThoughCompressed(t *testing.T) {
-	const audience = `{"error":{"code":"401","message":"Access token is missing, invalid, audience is incorrect"}}`
+	const audience = `{"error":{"code":"401","message":"Access token is missing, invalid, ` +
+		`audience is incorrect"}}`
 	pack := func(newWriter func(io.Writer) io.WriteCloser, text string) string {
 		var packed bytes.Buffer
 		w := newWriter(&packed)
@@ -2657,10 +3286,12 @@ func TestRefusalsAreExplainedThoughCompressed(t *testing.T) {
 		{"identity", "identity", audience, 401, wrong, role},
 		{"gzip, its beginning", "gzip", gzipped(audience + random(99_000)), 401, wrong, role},
 		{"bomb", "gzip", gzipped(strings.Repeat(" ", 99<<20)), 401, "answered 401", wrong},
-		{"code", "gzip", gzipped(`{"error":{"code":"unsupported_parameter","param":"max_tokens"}}`), 400,
+		{"code", "gzip", gzipped(`{"error":{"code":"unsupported_parameter","param":"max_tokens"}}`),
+			400,
 			"answered 400 Bad Request: unsupported_parameter (param max_tokens)\n", "hint"},
 		{"brotli", "br", "\x0b\x02\x80", 401, "compressed in a way that cannot be read here", role},
-		{"two encodings", "gzip, br", gzipped(audience), 401, "compressed in a way that cannot be read here", role},
+		{"two encodings", "gzip, br", gzipped(audience), 401,
+			"compressed in a way that cannot be read here", role},
 		{"not gzip", "gzip", audience, 401, "compressed in a way that cannot be read here", role},
 		{"empty gzip", "gzip", "", 401, role, "compressed"},
 		{"brotli, a 404", "br", "\x0b\x02\x80", 404, "compressed in a way", "no such path"},
@@ -2668,18 +3299,21 @@ func TestRefusalsAreExplainedThoughCompressed(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			logged := captureLog(t)
+			logged := followLog(t)
 			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("Content-Encoding", tt.encoding)
 				w.WriteHeader(tt.status)
 				io.WriteString(w, tt.body)
 			})
 			p := startProxy(t, newFakeIdentity(t), upstream, nil)
-			_, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nAccept-Encoding: "+tt.encoding+"\r\n"+
+			_, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nAccept-Encoding: "+
+				""+tt.encoding+"\r\n"+
 				"Connection: close\r\n\r\n")
 			text := logged.String()
-			if body != tt.body || !strings.Contains(text, tt.want) || strings.Contains(text, tt.not) {
-				t.Errorf("got %d bytes and %s, want %d bytes and %q", len(body), text, len(tt.body), tt.want)
+			if body != tt.body || !strings.Contains(text, tt.want) ||
+				strings.Contains(text, tt.not) {
+				t.Errorf("got %d bytes and %s, want %d bytes and %q", len(body), text, len(tt.body),
+					tt.want)
 			}
 		})
 	}
@@ -2695,204 +3329,63 @@ func random(size int) string {
 	return string(text)
 }
 
-// TestReasonOfARefusalIsLogged: its code and parameter, never its message.
-func TestReasonOfARefusalIsLogged(t *testing.T) {
-	tests := []struct{ name, body, want string }{
-		{"Azure OpenAI", `{"error":{"message":"LEAK","type":"LEAK","param":"max_tokens","code":"unsupported_parameter"}}`,
-			"unsupported_parameter (param max_tokens)"},
-		{"Claude", `{"type":"error","error":{"type":"not_found_error","message":"LEAK"}}`, "not_found_error"},
-		{"an index", `{"error":{"code":"a","param":"messages[0].content"}}`, "a (param messages[0].content)"},
-		{"parameter alone", `{"error":{"param":"n"}}`, "(param n)"},
-		{"null", `{"error":{"code":null,"type":null,"param":null}}`, ""},
-		{"number", `{"error":{"code":400,"param":1}}`, ""},
-		{"words", `{"error":{"code":"LEAK is no code","param":"LEAK\n"}}`, ""},
-		{"not ASCII", `{"error":{"code":"LEAK\u202e"}}`, ""},
-		{"too long", `{"error":{"code":"` + strings.Repeat("LEAK", 17) + `"}}`, ""},
-		{"object", `{"error":{"code":{"LEAK":1},"param":["LEAK"]}}`, ""},
-		{"error of text", `{"error":"LEAK"}`, ""},
-		{"message alone", `{"statusCode":401,"message":"LEAK"}`, ""},
-		{"array", `["LEAK"]`, ""},
-		{"not JSON", `LEAK`, ""},
-		{"cut", `{"error":{"code":"LEAK"`, ""},
-		{"status", `{"error":{"code":"418"}}`, ""},
+// Fuzz targets.
+
+func isKnown(name string) bool {
+	return slices.ContainsFunc(slices.Concat(settings, platformVariables),
+		func(v variable) bool { return v.name == name })
+}
+
+// FuzzDotEnv: what is read of a setting is in the file, and is read again from what it is written
+// as;
+// an error depends on nothing but the number of a line.
+func FuzzDotEnv(f *testing.F) {
+	for _, seed := range []string{"", "PORT=1\nexport HOST='2' # two\r\n", "\ufeffPORT=\"1\"",
+		"PORT='",
+		"x", "PORT=\x00", "=\n#", "export\tEXPECTED_KEY=k", "HTTPS_PROXY=p\nSSL_CERT_FILE"} {
+		f.Add(seed)
 	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			logged := captureLog(t)
-			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) { writeJSON(w, 418, tt.body) })
-			p := startProxy(t, newFakeIdentity(t), upstream, nil)
-			p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
-			want := ": answered 418 I'm a teapot\n"
-			if tt.want != "" {
-				want = ": answered 418 I'm a teapot: " + tt.want + "\n"
+	f.Fuzz(func(t *testing.T, text string) {
+		got, err := parseDotEnv(text)
+		if err != nil {
+			number, rest, _ := strings.Cut(strings.TrimPrefix(err.Error(), "line "), ":")
+			n, _ := strconv.Atoi(number)
+			inLine := n >= 1 && n <= 1+strings.Count(text, "\n") &&
+				rest == ` want NAME=value or NAME="value"`
+			if !inLine && !strings.HasPrefix(err.Error(), "is not UTF-8 text; ") {
+				t.Fatalf("%q: error %v", text, err)
 			}
-			if text := logged.String(); !strings.Contains(text, want) || strings.Contains(text, "LEAK") {
-				t.Errorf("got %s, want %q", text, want)
+			return
+		}
+		for name, value := range got {
+			if !isKnown(name) || strings.ContainsAny(value, "\n\x00") ||
+				!strings.Contains(text, value) {
+				t.Fatalf("%q: got %q=%q", text, name, value)
 			}
-		})
-	}
-}
-
-func TestHeadersOver64KiBAreRefused(t *testing.T) {
-	p, _ := startRecorded(t, nil)
-	ok, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+strings.Repeat("a", 60_000)+"\r\n\r\n")
-	tooLarge, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+strings.Repeat("a", 70_000)+"\r\n\r\n")
-	if ok.StatusCode != 200 || tooLarge.StatusCode != 431 {
-		t.Errorf("got %d and %d, want 200 and 431", ok.StatusCode, tooLarge.StatusCode)
-	}
-}
-
-func TestUpstreamHints(t *testing.T) {
-	f := &forwarder{secrets: &secrets{}}
-	const jwt = "e30.eyJhdWQiOiJodHRwczovL2EuZXhhbXBsZSIsIm9pZCI6IjEyMyJ9.sig"
-	tests := []struct {
-		status       int
-		answer, want string
-	}{
-		{401, `{"error":{"code":"PermissionDenied","message":"The principal lacks the required data action"}}`, "object id 123 lacks the role Cognitive Services OpenAI User"},
-		{401, `{"error":{"message":"Access token is missing, invalid, audience is incorrect"}}`, "the token is for https://a.example, the wrong audience"},
-		{403, `{"error":{"message":"Access denied due to Virtual Network/Firewall rules."}}`, "network rules refuse this host"},
-		{404, `{"error":{"code":"DeploymentNotFound"}}`, "no deployment of this name"},
-		{404, `{"error":{"code":"404","message":"Resource not found"}}`, "no such path"},
-		{400, `Please provide a custom subdomain for token authentication`, "a regional endpoint takes no tokens"},
-		{429, ``, "Retry-After: 7"},
-	}
-	for _, tt := range tests {
-		resp := &http.Response{StatusCode: tt.status, Status: strconv.Itoa(tt.status), Header: http.Header{}}
-		if tt.status == 429 {
-			resp.Header.Set("Retry-After", "7")
-		}
-		if got := withHint(f.explain(resp, []byte(tt.answer), token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
-			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
-		}
-	}
-}
-
-// TestNothingOutlivesItsRequest mixes streams, aborts, uploads and upgrades, and counts what is left.
-func TestNothingOutlivesItsRequest(t *testing.T) {
-	captureLog(t)
-	identity := newFakeIdentity(t)
-	upstream, _ := heldUpstream(t, identity)
-	p := startProxy(t, identity, upstream, nil)
-	p.do(t, "GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n") // all has started
-	before := runtime.NumGoroutine()
-	const stream = `{"stream":true}`
-	requests := []string{
-		"POST /v1/stream HTTP/1.1\r\nHost: {host}\r\nContent-Length: 15\r\n\r\n" + stream,
-		"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9999999\r\n\r\n" + stream,
-		"POST /v1/responses HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n" + stream,
-		"GET /v1/realtime HTTP/1.1\r\n" + webSocketHead + "\r\n",
-		"GET /../x HTTP/1.1\r\nHost: {host}\r\n\r\n",
-		"\x16\x03\x01 garbage\r\n\r\n",
-	}
-	var wg sync.WaitGroup
-	for i := range 120 {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			conn, r := p.dial(t, requests[i%len(requests)])
-			if i%4 == 0 && i%len(requests) != 2 { // whose upload has no end, and so no answer
-				r.ReadByte()
+			quote := `"`
+			if strings.Contains(value, quote) {
+				quote = "'"
 			}
-			conn.Close()
-		}()
-	}
-	wg.Wait()
-	deadline := time.Now().Add(20 * time.Second)
-	for p.forwarder.streams.Load() > 0 || runtime.NumGoroutine() > before {
-		if time.Now().After(deadline) {
-			stacks := make([]byte, 1<<20)
-			t.Fatalf("%d requests and %d goroutines, %d before\n%s", p.forwarder.streams.Load(), runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+			if strings.Contains(value, quote) {
+				continue // cannot be written
+			}
+			again, err := parseDotEnv("export " + name + " = " + quote + value + quote + " # " +
+				value)
+			if err != nil || again[name] != value {
+				t.Fatalf("%q: %s was %q, then %q, %v", text, name, value, again[name], err)
+			}
 		}
-		p.forwarder.transport.CloseIdleConnections()
-		runtime.Gosched()
-	}
-}
-
-// TestParallelRequestsKeepTheirConnections: HTTP/1.1 ones, as many as there are requests at a time.
-// The first requests are answered when all have come, so each has a connection of its own by then.
-func TestParallelRequestsKeepTheirConnections(t *testing.T) {
-	captureLog(t)
-	const clients = 32
-	var dialed, other, arrived atomic.Int64
-	allArrived := make(chan struct{})
-	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ProtoMajor != 1 {
-			other.Add(1)
-		}
-		if arrived.Add(1) == clients {
-			close(allArrived)
-		}
-		select {
-		case <-allArrived:
-		case <-r.Context().Done():
-		}
-	}))
-	upstream.EnableHTTP2 = true
-	upstream.Config.ConnState = func(_ net.Conn, state http.ConnState) {
-		if state == http.StateNew {
-			dialed.Add(1)
-		}
-	}
-	upstream.StartTLS()
-	t.Cleanup(upstream.Close)
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for range 33 {
-		var round sync.WaitGroup
-		for range clients {
-			round.Add(1)
-			go func() {
-				defer round.Done()
-				if resp, err := http.Get(p.url + "/x"); err != nil || resp.StatusCode != 200 {
-					t.Errorf("got %v, %v", resp, err)
-				} else {
-					resp.Body.Close()
-				}
-			}()
-		}
-		round.Wait()
-	}
-	if other.Load() > 0 || dialed.Load() > clients+1 { // the one opened at the start may come too late
-		t.Errorf("%d requests not of HTTP/1.1, %d connections for %d clients", other.Load(), dialed.Load(), clients)
-	}
-}
-
-// TestProxyThatRefusesIsNamed has HTTPS_PROXY refuse the connection to the upstream.
-func TestProxyThatRefusesIsNamed(t *testing.T) {
-	captureLog(t)
-	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"TARGET_URL": "https://localhost/openai/"})
-	refusing, err := url.Parse(rawAnswer(t, "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n").URL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.forwarder.transport.Proxy = http.ProxyURL(refusing)
-	p.start(t)
-	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-	if resp.StatusCode != 502 || !strings.Contains(body, "connection failed: HTTPS_PROXY answered 407 Proxy Authentication Required") || !strings.Contains(body, "hint: HTTPS_PROXY") {
-		t.Errorf("got %d %s, want 502 that names the proxy", resp.StatusCode, body)
-	}
-}
-
-// TestSmallBodiesCanBeSentAgain: the transport does so over a new connection if an idle one was dead,
-// which cannot be provoked for sure.
-func TestSmallBodiesCanBeSentAgain(t *testing.T) {
-	f := &forwarder{target: &url.URL{Scheme: "https", Host: "a.example", Path: "/"}}
-	for size, again := range map[int64]bool{1: true, smallBody: true, smallBody + 1: false, -1: false} {
-		r := httptest.NewRequest("POST", "/x", io.LimitReader(zeros{}, smallBody+1))
-		r.ContentLength = size
-		req, err := f.upstreamRequest(httptest.NewRecorder(), r, false)
-		if err != nil || (req.GetBody != nil) != again || req.ContentLength != size {
-			t.Errorf("length %d: can be sent again: %v, length %d, %v; want %v", size, req.GetBody != nil, req.ContentLength, err, again)
-		}
-	}
+	})
 }
 
 func FuzzPath(f *testing.F) {
-	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x", "/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai"} {
+	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x",
+		"/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai"} {
 		f.Add(target)
 	}
 	f.Fuzz(func(t *testing.T, target string) {
-		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET " + target + " HTTP/1.1\r\nHost: localhost\r\n\r\n")))
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET " + target +
+			" HTTP/1.1\r\nHost: localhost\r\n\r\n")))
 		if err != nil {
 			return
 		}
@@ -2910,12 +3403,14 @@ func FuzzPath(f *testing.F) {
 				t.Fatal(err)
 			}
 			line := req.URL.RequestURI()
-			if req.URL.Host != "a.example" || !strings.HasPrefix(line, u.Path) || strings.HasPrefix(line, "//") {
+			if req.URL.Host != "a.example" || !strings.HasPrefix(line, u.Path) ||
+				strings.HasPrefix(line, "//") {
 				t.Errorf("%q leaves %s: %q", target, base, line)
 			}
 			path, query, _ := strings.Cut(line, "?")
 			for range 5 {
-				for _, segment := range strings.FieldsFunc(path, func(r rune) bool { return r == '/' || r == '\\' }) {
+				for _, segment := range strings.FieldsFunc(path,
+					func(r rune) bool { return r == '/' || r == '\\' }) {
 					if segment == ".." || segment == "." {
 						t.Errorf("%q climbs: %q", target, line)
 					}
@@ -2939,7 +3434,8 @@ func FuzzRequestHeader(f *testing.F) {
 	f.Add("Sec-WebSocket-Protocol", "a,OpenAI-insecure-api-key.K, b", "upgrade")
 	f.Add("Sec-WebSocket-Protocol", "a, \"openai-insecure-api-key.K\"", "upgrade")
 	f.Fuzz(func(t *testing.T, name, value, connection string) {
-		head := "GET / HTTP/1.1\r\nHost: h\r\n" + name + ": " + value + "\r\nConnection: " + connection + "\r\n\r\n"
+		head := "GET / HTTP/1.1\r\nHost: h\r\n" + name + ": " + value + "\r\nConnection: " +
+			connection + "\r\n\r\n"
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(head)))
 		if err != nil {
 			return
@@ -2947,87 +3443,17 @@ func FuzzRequestHeader(f *testing.F) {
 		for _, upgrade := range []bool{false, true} {
 			for name, values := range upstreamHeader(r.Header, upgrade) {
 				lower := strings.ToLower(name)
-				if strings.Contains(lower, "api-key") || strings.Contains(lower, "cookie") || lower == "authorization" ||
-					strings.HasPrefix(lower, "x-ms-token-") || strings.HasPrefix(lower, "x-ms-client-principal") ||
-					strings.HasPrefix(lower, "x-forwarded-") || lower == "transfer-encoding" || lower == "content-length" ||
-					strings.Contains(strings.ToLower(strings.Join(values, ",")), "openai-insecure-api-key.") && lower == "sec-websocket-protocol" {
+				if strings.Contains(lower, "api-key") || strings.Contains(lower, "cookie") ||
+					lower == "authorization" ||
+					strings.HasPrefix(lower, "x-ms-token-") ||
+					strings.HasPrefix(lower, "x-ms-client-principal") ||
+					strings.HasPrefix(lower, "x-forwarded-") || lower == "transfer-encoding" ||
+					lower == "content-length" ||
+					strings.Contains(strings.ToLower(strings.Join(values, ",")),
+						"openai-insecure-api-key.") && lower == "sec-websocket-protocol" {
 					t.Errorf("%s: %q went upstream", name, values)
 				}
 			}
 		}
 	})
 }
-
-func writeJSON(w http.ResponseWriter, status int, body string) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	io.WriteString(w, body)
-}
-
-// realtime accepts a WebSocket, greets as the Realtime API does and then echoes each message.
-func realtime(w http.ResponseWriter, r *http.Request) {
-	conn, buf, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return
-	}
-	defer conn.Close()
-	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
-		"Sec-WebSocket-Accept: %s\r\n", base64.StdEncoding.EncodeToString(sum[:]))
-	if protocol, _, _ := strings.Cut(r.Header.Get("Sec-WebSocket-Protocol"), ","); protocol != "" {
-		fmt.Fprintf(conn, "Sec-WebSocket-Protocol: %s\r\n", protocol)
-	}
-	io.WriteString(conn, "\r\n")
-	writeFrame(conn, 1, []byte(`{"type":"session.created","event_id":"event_1","session":{"id":"sess_demo","object":"realtime.session"}}`))
-	for {
-		opcode, payload, err := readFrame(buf.Reader)
-		if err != nil || opcode == 8 {
-			writeFrame(conn, 8, nil)
-			return
-		}
-		writeFrame(conn, opcode, payload)
-	}
-}
-
-// writeFrame writes a WebSocket message of one unmasked frame (RFC 6455 §5.2).
-func writeFrame(w io.Writer, opcode byte, payload []byte) error {
-	head := []byte{0x80 | opcode, byte(len(payload))}
-	if len(payload) > 125 {
-		head = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 126}, uint16(len(payload)))
-	}
-	_, err := w.Write(append(head, payload...))
-	return err
-}
-
-// readFrame reads a frame, masked or not, of up to 64 KiB.
-func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
-	var head [2]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return 0, nil, err
-	}
-	length := int(head[1] & 0x7f)
-	if length == 126 {
-		var long [2]byte
-		if _, err := io.ReadFull(r, long[:]); err != nil {
-			return 0, nil, err
-		}
-		length = int(binary.BigEndian.Uint16(long[:]))
-	}
-	var mask [4]byte
-	if head[1]&0x80 != 0 {
-		if _, err := io.ReadFull(r, mask[:]); err != nil {
-			return 0, nil, err
-		}
-	}
-	payload = make([]byte, length)
-	_, err = io.ReadFull(r, payload)
-	for i := range payload {
-		payload[i] ^= mask[i%4]
-	}
-	return head[0] & 0x0f, payload, err
-}
-
-// zeros has no end.
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) { return len(p), nil }

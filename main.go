@@ -12,10 +12,10 @@
 // Its inputs are environment variables, which the tables below list and
 // aoai-proxy -h prints; a .env file in the working directory, for settings that
 // the environment leaves out; and the token or key file of the platform, where
-// that has one. Its outputs are the log on stderr and answers to clients. It
-// writes no file, starts no process and sends to two places only, the identity
-// endpoint and TARGET_URL's host, the latter by way of HTTPS_PROXY where that
-// is set.
+// that has one. Its outputs are answers to clients and the log on stderr. It
+// writes no file, starts no process and, name lookups aside, speaks to two
+// places only: the identity endpoint, and TARGET_URL's host, or HTTPS_PROXY on
+// the way there.
 //
 // There are three files: main.go has the inputs, the start, the stop and
 // -check; imds.go gets tokens and keeps them; forward.go forwards requests.
@@ -40,7 +40,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -55,7 +54,7 @@ type variable struct {
 // settings are the operator's. They may be in a .env file too.
 var settings = []variable{
 	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
-		"https://my-aoai.openai.azure.com/openai/", checkTarget},
+		"https://my-aoai.openai.azure.com/openai/", nil}, // see parseTarget
 	{"PORT", "port to listen on, 0 for any free one; 8081 by default", checkPort},
 	{"HOST", "address to listen on; loopback only by default, and every\n" +
 		"interface with EXPECTED_KEY", nil},
@@ -74,7 +73,7 @@ var settings = []variable{
 var platformVariables = []variable{
 	{"IDENTITY_ENDPOINT", "set by App Service, Functions, Container Apps, Automation,\n" +
 		"Azure Arc and Service Fabric", nil},
-	{"IDENTITY_HEADER", "by the same but Azure Arc, and by Container Instances", checkHeaderValue},
+	{"IDENTITY_HEADER", "by the same except Azure Arc, and by Container Instances", checkHeaderValue},
 	{"IDENTITY_SERVER_THUMBPRINT", "by Service Fabric and Container Instances", nil},
 	{"IMDS_ENDPOINT", "by Azure Arc", nil},
 	{"MSI_ENDPOINT", "by Azure Machine Learning and Cloud Shell", nil},
@@ -110,8 +109,8 @@ var tlsDefaults = []string{
 	"x509sslcertoverrideplatform=1", // heed SSL_CERT_FILE on Windows and macOS too
 }
 
-// init runs before TLS is first used, when these settings are read. What the
-// operator has put into GODEBUG stands last, and the last one counts.
+// init puts tlsDefaults into GODEBUG, which the Go library heeds while the
+// program runs. What the operator has put there stands last, and so it counts.
 func init() {
 	all := tlsDefaults
 	if own := os.Getenv("GODEBUG"); own != "" {
@@ -152,16 +151,16 @@ func run(args []string, stdout io.Writer) error {
 	// any more.
 	signal.Ignore(syscall.SIGPIPE)
 
-	file, err := readDotEnv(".env", os.Getenv)
+	env, err := readDotEnv(".env", os.Getenv)
 	if err != nil {
 		return err
 	}
-	cfg, err := loadConfig(file.getenv)
+	cfg, err := loadConfig(env.getenv)
 	if *checkOnly {
-		return check(cfg, err, file.report(), stdout)
+		return check(cfg, err, env.report(), stdout)
 	}
-	if err != nil && len(file.refused) > 0 {
-		return fmt.Errorf("%w (%s)", err, file.refusal())
+	if err != nil && len(env.refused) > 0 {
+		return fmt.Errorf("%w (%s)", err, env.refusal())
 	}
 	if err != nil {
 		return err
@@ -171,7 +170,7 @@ func run(args []string, stdout io.Writer) error {
 		return err
 	}
 	log.SetOutput(logWriter{cfg.secrets, log.Writer()})
-	for _, line := range file.report() {
+	for _, line := range env.report() {
 		log.Print(line)
 	}
 	signals := make(chan os.Signal, 2)
@@ -260,7 +259,7 @@ func readDotEnv(name string, getenv func(string) string) (*environment, error) {
 	if err == nil && (info.IsDir() || info.Mode()&fs.ModeDevice != 0) {
 		return e, nil // Python's environments are such directories; a device has no end
 	}
-	text, err := os.ReadFile(name)
+	text, err := os.ReadFile(name) // any other error of Stat comes up again here
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", name, errors.Unwrap(err)) // its cause alone
 	}
@@ -272,7 +271,7 @@ func readDotEnv(name string, getenv func(string) string) (*environment, error) {
 	e.hasFile = true
 	isSet := func(v variable) bool { return strings.TrimSpace(getenv(v.name)) != "" }
 	for _, v := range settings {
-		if !isSet(v) && values[v.name] != "" {
+		if !isSet(v) && strings.TrimSpace(values[v.name]) != "" {
 			e.taken = append(e.taken, v.name)
 		}
 	}
@@ -292,7 +291,8 @@ func readDotEnv(name string, getenv func(string) string) (*environment, error) {
 
 // parseDotEnv reads the lines that set a variable of ours. Others are skipped,
 // since other programs may have theirs in the same file, in forms of their own.
-// Its errors name a line and do not show it, as it may hold a secret.
+// A platformVariable is noted without its value. Errors name a line and do not
+// show it, as it may hold a secret.
 func parseDotEnv(text string) (map[string]string, error) {
 	// UTF-16 begins with a byte order mark, and without one is full of NULs.
 	if strings.HasPrefix(text, "\xff\xfe") || strings.HasPrefix(text, "\xfe\xff") ||
@@ -313,8 +313,9 @@ func parseDotEnv(text string) (map[string]string, error) {
 		isNamed := func(v variable) bool { return v.name == name }
 		switch {
 		case slices.ContainsFunc(platformVariables, isNamed):
-			values[name] = "" // it is not taken
+			values[name] = "" // for readDotEnv to refuse
 		case !slices.ContainsFunc(settings, isNamed):
+			// It is another program's.
 		case !ok:
 			return nil, fmt.Errorf(`line %d: want NAME=value or NAME="value"`, i+1)
 		default:
@@ -371,7 +372,7 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		values[v.name] = value
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
-		// The Go library does not trim it.
+		// It is the Go library that uses these, and it does not trim them.
 		if err := checkProxy(getenv(name)); err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
@@ -380,11 +381,11 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	get := func(name string) string { return values[name] }
 	target, err := parseTarget(get("TARGET_URL"))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("TARGET_URL: %w", err)
 	}
 	cfg := &config{
 		target:  target,
-		host:    strings.Trim(get("HOST"), "[]"), // as ::1 is written in a URL
+		host:    strings.Trim(get("HOST"), "[]"), // [::1] is how a URL has it
 		port:    cmp.Or(get("PORT"), "8081"),
 		key:     get("EXPECTED_KEY"),
 		scope:   cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
@@ -394,12 +395,10 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	cfg.hosts = listenHosts(cfg.host, cfg.key)
 	cfg.secrets.hide("key", cfg.key)
 	cfg.endpoint, err = newEndpoint(get, cfg.scope, arcFilesHere(get), cfg.secrets)
-	return cfg, err
-}
-
-func checkTarget(value string) error {
-	_, err := parseTarget(value)
-	return err
+	if err != nil {
+		return nil, err
+	}
+	return cfg, nil
 }
 
 // parseTarget parses TARGET_URL, and supplies a final slash. Its errors show no
@@ -481,16 +480,16 @@ func defaultScope(host string) string {
 	return "https://cognitiveservices.azure.com/.default"
 }
 
-// listenHosts are the addresses to listen on. Without HOST they are every
-// interface if clients need a key. Otherwise they are both loopback addresses,
-// as localhost may mean either, unless this host has no IPv6.
+// listenHosts are the addresses to listen on: host, if that is set; every
+// interface, if clients need a key; and otherwise both loopback addresses, as
+// localhost may mean either, or IPv4's alone on a host without IPv6.
 func listenHosts(host, key string) []string {
 	if host != "" || key != "" {
 		return []string{host}
 	}
 	addrs, _ := net.InterfaceAddrs() // if it fails, IPv4 will do
 	for _, addr := range addrs {
-		if addr.String() == "::1/128" {
+		if addr.String() == "::1/128" { // this host has IPv6
 			return []string{"127.0.0.1", "::1"}
 		}
 	}
@@ -528,7 +527,6 @@ type service struct {
 	forwarder *forwarder
 	server    *http.Server
 	drainTime time.Duration // for running streams, after SIGTERM
-	draining  atomic.Bool   // SIGTERM has come
 }
 
 func newService(cfg *config) *service {
@@ -571,23 +569,12 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 		log.Printf("debug: probe %s from %s", r.URL.Path, r.RemoteAddr)
 	}
 	if r.URL.Path == "/readyz" {
-		if reason := s.notReady(r); reason != "" {
-			http.Error(w, reason, http.StatusServiceUnavailable)
+		if _, err := s.tokens.token(r.Context()); err != nil {
+			http.Error(w, noTokenMessage(r, err, false), http.StatusServiceUnavailable)
 			return
 		}
 	}
 	fmt.Fprintln(w, "ok")
-}
-
-// notReady says why the proxy is not ready. If it is, that is nothing.
-func (s *service) notReady(r *http.Request) string {
-	if s.draining.Load() {
-		return "shutting down"
-	}
-	if _, err := s.tokens.token(r.Context()); err != nil {
-		return noTokenMessage(r, err, false)
-	}
-	return ""
 }
 
 // serve answers requests until a signal arrives. Then it accepts no more, and
@@ -608,7 +595,6 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	case <-signals:
 	}
 
-	s.draining.Store(true)
 	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
 		s.forwarder.streams.Load(), s.drainTime)
 	finished := make(chan struct{})
@@ -647,7 +633,7 @@ func (s *service) waitForStreams() {
 // logStart says where the proxy listens, who may use it and as whom.
 func (s *service) logStart(listeners []net.Listener) {
 	cfg := s.cfg
-	if !cfg.hasOpenAI() {
+	if !strings.Contains(cfg.target.Path, "openai") {
 		log.Print("warning: " + noOpenAI)
 	}
 	for i, host := range cfg.hosts {
@@ -657,8 +643,6 @@ func (s *service) logStart(listeners []net.Listener) {
 	log.Printf("tokens for %s come from %s", cfg.scope, cfg.endpoint)
 	log.Print(cfg.whoMayUseIt())
 }
-
-func (c *config) hasOpenAI() bool { return strings.Contains(c.target.Path, "openai") }
 
 // noOpenAI warns of a TARGET_URL whose /openai/ may have been forgotten.
 const noOpenAI = "the path of TARGET_URL has no openai in it, which is right for Foundry's " +
@@ -692,13 +676,15 @@ type finding struct {
 
 // check tries what the proxy needs, one step after the other, and says what is
 // wrong and what to do. It sends a request for a token and one request to the
-// upstream, which uses no model. problem is the error of loadConfig, if any.
-func check(cfg *config, problem error, dotEnvLines []string, stdout io.Writer) error {
+// upstream, which uses no model. cfg and problem are what loadConfig returned,
+// and envLines what there is to say of .env.
+func check(cfg *config, problem error, envLines []string, stdout io.Writer) error {
 	hidden := &secrets{}
 	if problem == nil {
 		hidden = cfg.secrets
 		log.SetOutput(logWriter{hidden, log.Writer()})
 	}
+	// report prints what steps have found, up to the first that failed.
 	report := func(found ...finding) error {
 		for _, f := range found {
 			f.print(stdout, hidden)
@@ -709,7 +695,7 @@ func check(cfg *config, problem error, dotEnvLines []string, stdout io.Writer) e
 		return nil
 	}
 
-	for _, line := range dotEnvLines {
+	for _, line := range envLines {
 		report(finding{step: ".env", text: line})
 	}
 	if problem != nil {
