@@ -92,6 +92,7 @@ var othersPolicies = set("Alt-Svc", "Strict-Transport-Security")
 var credentialParams = set("api-key", "x-api-key", "api_key", "authorization",
 	"access_token", "subscription-key", "ocp-apim-subscription-key")
 
+// set makes a set of names.
 func set(names ...string) map[string]bool {
 	s := make(map[string]bool)
 	for _, name := range names {
@@ -114,23 +115,27 @@ func set(names ...string) map[string]bool {
 //   - A longer body, or one of unknown length, is streamed. The transport reads
 //     it, through an upload, until the answer is over; then upload.end takes it
 //     away and reads the rest.
-//   - The body of a refused request is read by nobody but linger.
+//   - The body of a refused request goes nowhere. linger drops what comes.
 //
 // A client that is still sending when its connection is closed gets a reset,
-// and with it loses the answer that it has not read yet. So whoever may still be
-// sending is told Connection: close, and then has lingerTime to finish:
+// and with it loses the answer that it has not read yet. So whoever may still
+// be sending is told Connection: close, and then has lingerTime to finish. In
+// short:
 //
-//	exchange             its end
-//	without a body, or   the connection is kept for the next request
-//	  with a small one
-//	refusal of a body    answer; apiError.write takes the connection from the
-//	                     server, lingers and closes it
-//	streamed upload      answer; upload.end lingers, the server closes
-//	answer that breaks   abort closes the connection at once, so that a part
-//	  off                of an answer is not taken for the whole
-//	tunnel               each direction to its own end, then linger and close
-//	end of a drain       the request's context ends, and with it the upstream
-//	                     request or the tunnel: an answer that breaks off
+//	exchange               how it ends
+//	no body, or a small    With the answer. The connection is kept for the next
+//	  one                  request.
+//	refusal of a request   apiError.write answers, takes the connection from the
+//	  with a body          server, lingers and closes it.
+//	streamed upload        After the answer upload.end lingers, and the server
+//	                       closes the connection.
+//	answer that breaks     abort closes the connection at once, so that the
+//	  off                  client does not take a part for the whole. With it
+//	                       the transport's reading of an upload fails.
+//	tunnel                 Each direction ends by itself. Then tunnel lingers and
+//	                       closes both connections.
+//	end of a drain         The request's context ends. That ends the upstream
+//	                       request, as an answer that breaks off, or the tunnel.
 
 // lingerTime is how long a client may go on sending after its answer.
 const lingerTime = time.Second
@@ -141,11 +146,12 @@ const lingerTime = time.Second
 // written. After that a POST is never sent again.
 const smallBody = 256 << 10
 
-// earlyAnswerTime is how long a failed upload waits for an answer.
+// earlyAnswerTime is how long an upload that failed waits for an answer which
+// the upstream sent before. See upload.waitForAnswer.
 const earlyAnswerTime = 250 * time.Millisecond
 
-// maxSaid is how much of a refusal, in bytes, is read to explain it.
-const maxSaid = 16 << 10
+// maxBeginning is how much of a refusal, in bytes, is looked at to explain it.
+const maxBeginning = 16 << 10
 
 // forwarder sends requests to the upstream, with a token in the place of the
 // client's credentials.
@@ -180,18 +186,20 @@ func newForwarder(target *url.URL, key string, tokens *tokenSource, hidden *secr
 			},
 			DialContext:         dialer.DialContext,
 			TLSHandshakeTimeout: 10 * time.Second,
-			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			// Go's defaults, which are TLS 1.2 at least. A new connection resumes the
+			// session of an older one, which spares both sides a full handshake.
+			TLSClientConfig: &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
 			// HTTP/1.1 only: each stream has a connection to itself, where a lost
 			// packet cannot stop the others. An empty map switches HTTP/2 off.
 			TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{},
 			MaxIdleConns:           0, // no limit but the next
 			MaxIdleConnsPerHost:    1024,
-			IdleConnTimeout:        60 * time.Second, // Azure's load balancers forget after 4 minutes
+			IdleConnTimeout:        60 * time.Second, // load balancers of Azure: 4 minutes
 			ResponseHeaderTimeout:  0,                // a model may think for hours
 			ExpectContinueTimeout:  0,                // Expect is not forwarded
 			DisableCompression:     true,             // an answer passes as it is
 			MaxResponseHeaderBytes: 1 << 20,
-			WriteBufferSize:        16 << 10, // a head and a small body in one write
+			WriteBufferSize:        16 << 10, // a head and a short body in one write
 		},
 	}
 }
@@ -243,7 +251,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		defer resp.Body.Close()
 	}
-	if problem := f.exchangeProblem(r, body, resp, err, upgrade); problem != nil {
+	if problem := f.noAnswer(r, body, resp, err, upgrade); problem != nil {
 		f.logProblem(r, req, nil, start, problem.message)
 		problem.write(w, r)
 		return
@@ -262,9 +270,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
-	said, err := copyBody(w, resp)
+	beginning, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
-		f.logProblem(r, req, resp, start, withHint(f.explain(resp, said, t)))
+		f.logProblem(r, req, resp, start, withHint(f.explain(resp, beginning, t)))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
@@ -291,7 +299,7 @@ func (f *forwarder) safeTarget(target string) string {
 		text += "?" + cutCredentials(query)
 	}
 	decoded, err := url.PathUnescape(text)
-	if err != nil { // a path with a wrong escape does not get here
+	if err != nil { // in the query: the server refuses such a path
 		return f.safeTarget(path) + "?(malformed)"
 	}
 	spaced, _ := url.QueryUnescape(text) // a + stands for a space here
@@ -308,8 +316,8 @@ func (f *forwarder) safeTarget(target string) string {
 
 // check tells why a request may not go upstream, or returns nil if it may.
 func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
-	// The answer to TRACE repeats the request, with the token. IIS has it as
-	// TRACK too. CONNECT is for a proxy to other hosts.
+	// The answer to TRACE would repeat the request, and the token with it. TRACK
+	// is the same in IIS. CONNECT is for a proxy to other hosts.
 	switch strings.ToUpper(r.Method) {
 	case http.MethodConnect, http.MethodTrace, "TRACK":
 		return errMethod
@@ -447,7 +455,9 @@ func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgr
 			return nil, err
 		}
 		// With GetBody the transport can send the body again.
-		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+		req.GetBody = func() (io.ReadCloser, error) {
+			return io.NopCloser(bytes.NewReader(body)), nil
+		}
 		req.Body, _ = req.GetBody()
 	default: // long, or of unknown length, which is -1
 		req.Body = &upload{body: r.Body}
@@ -524,6 +534,7 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 	return out
 }
 
+// isForwarded tells whether a request header goes upstream.
 func isForwarded(name string) bool {
 	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
 	if !slices.ContainsFunc(forwardedPrefixes, hasPrefix) {
@@ -600,7 +611,7 @@ func (u *upload) waitForAnswer(req *http.Request) *http.Request {
 func (u *upload) end(w http.ResponseWriter) {
 	u.stopped.Store(true)
 	client := http.NewResponseController(w)
-	client.Flush()
+	client.Flush() // the end of the answer must not wait for this
 	client.SetReadDeadline(time.Now().Add(lingerTime))
 	io.Copy(io.Discard, u.body)
 }
@@ -614,9 +625,9 @@ func sendContinue(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// exchangeProblem tells why there is no answer to pass on, or returns nil if
+// noAnswer tells why there is no answer to pass on, or returns nil if
 // there is one. body is nil unless the request's body was streamed.
-func (f *forwarder) exchangeProblem(r *http.Request, body *upload, resp *http.Response,
+func (f *forwarder) noAnswer(r *http.Request, body *upload, resp *http.Response,
 	err error, upgrade bool) *apiError {
 	switch {
 	case err != nil && r.Context().Err() != nil:
@@ -677,7 +688,7 @@ const bulkAnswer = 64 << 10
 
 // copyBody passes an answer's body on: what is read is written and flushed at
 // once. It returns the beginning of a refusal, to be explained in the log.
-func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err error) {
+func copyBody(w http.ResponseWriter, resp *http.Response) (beginning []byte, err error) {
 	var buf []byte
 	if resp.ContentLength >= bulkAnswer {
 		buf = make([]byte, 32<<10)
@@ -698,19 +709,19 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (said []byte, err erro
 	for {
 		n, readErr := resp.Body.Read(buf)
 		if resp.StatusCode >= 400 {
-			said = append(said, buf[:min(n, maxSaid-len(said))]...)
+			beginning = append(beginning, buf[:min(n, maxBeginning-len(beginning))]...)
 		}
 		if _, err := w.Write(buf[:n]); err != nil {
-			return said, clientError{err}
+			return beginning, clientError{err}
 		}
 		if readErr == io.EOF {
-			return said, nil
+			return beginning, nil
 		}
 		if readErr != nil {
-			return said, readErr
+			return beginning, readErr
 		}
 		if err := client.Flush(); err != nil {
-			return said, clientError{err}
+			return beginning, clientError{err}
 		}
 	}
 }
@@ -905,7 +916,7 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Nobody wants the body.
+	// Nobody wants the body. Left alone, the server would read it.
 	controller := http.NewResponseController(w)
 	controller.Flush()
 	if client, _, err := controller.Hijack(); err == nil {
@@ -959,10 +970,10 @@ func (f *forwarder) isProxied() bool {
 	return err == nil && proxy != nil
 }
 
-// explain says what a refusal means, and what to do about it. said is the
-// beginning of its body.
-func (f *forwarder) explain(resp *http.Response, said []byte, t token) (text, hint string) {
-	plain, canRead := unpacked(said, resp.Header.Get("Content-Encoding"))
+// explain says what a refusal means, and what to do about it.
+func (f *forwarder) explain(resp *http.Response, beginning []byte, t token) (
+	text, hint string) {
+	plain, canRead := unpacked(beginning, resp.Header.Get("Content-Encoding"))
 	text = "answered " + statusText(resp.StatusCode)
 	if code := errorCode(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
 		text += ": " + f.secrets.safe(code, maxPiece)
@@ -1003,7 +1014,7 @@ func unpacked(body []byte, encoding string) (plain []byte, canRead bool) {
 	if err != nil {
 		return nil, false
 	}
-	plain, _ = io.ReadAll(io.LimitReader(r, maxSaid)) // only its beginning is there
+	plain, _ = io.ReadAll(io.LimitReader(r, maxBeginning)) // only its beginning is there
 	return plain, len(plain) > 0
 }
 

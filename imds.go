@@ -111,7 +111,7 @@ func (t token) claims() claims {
 type tokenSource struct {
 	fetch func(context.Context) (token, error)
 	now   func() time.Time
-	asked chan struct{} // wakes run; its buffer of one keeps a wish made meanwhile
+	asked chan struct{} // wakes run; has room for one, so that nobody waits to ask
 
 	mu         sync.Mutex    // protects the fields below
 	held       token         // the zero token before the first success
@@ -139,7 +139,9 @@ type noTokenError struct {
 
 func (e *noTokenError) Error() string { return e.cause.Error() }
 
-// token returns a valid token. Its error is a *noTokenError, or that of ctx.
+// token returns a valid token: the held one, or else that of the fetch under
+// way, for which it waits until ctx ends. Soon after a failure it does not
+// wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) token(ctx context.Context) (token, error) {
 	s.mu.Lock()
 	now := s.now()
@@ -238,7 +240,8 @@ func (s *tokenSource) publish(t token, err error) {
 }
 
 // pauseAfter is how long no fetch begins after one that failed with err. The
-// longer pause ends with the held token at the latest. The caller holds s.mu.
+// pause with a token ends with that token at the latest, and an endpoint that
+// is overloaded may ask for more. The caller holds s.mu.
 func (s *tokenSource) pauseAfter(err error) time.Duration {
 	pause := pauseWithoutToken
 	if left := s.held.expires.Sub(s.now()); left > pause {
@@ -266,6 +269,11 @@ func (s *tokenSource) rejected(t token) {
 }
 
 // endpoint is an identity endpoint, and the identity that it is asked for.
+//
+// The platforms' endpoints are on the host itself or on its own link: a
+// loopback address, IMDS at the link-local 169.254.169.254, or another that the
+// platform's variable names. They speak plain HTTP. Entra ID, which workload
+// identity asks, is spoken to over TLS only.
 type endpoint struct {
 	name         string   // "IMDS"
 	why          string   // it was chosen: "marked by MSI_ENDPOINT"
@@ -298,6 +306,7 @@ type arcFiles struct {
 	keys  string // the directory of the keys for its challenges
 }
 
+// arcFilesHere are the paths that Microsoft documents for this system.
 func arcFilesHere(getenv func(string) string) arcFiles {
 	if runtime.GOOS == "windows" {
 		const folder = "AzureConnectedMachineAgent"
@@ -325,8 +334,18 @@ var pairs = []struct {
 	{"MSI_SECRET", []string{"MSI_ENDPOINT"}},
 }
 
-// newEndpoint chooses the endpoint as the Azure SDKs do, in their order. Its
-// error names the variable that is wrong.
+// newEndpoint chooses the endpoint as the Azure SDKs do. The first of these that
+// is there counts, since App Service, for one, sets Azure ML's variables too:
+//
+//	workload identity  AZURE_FEDERATED_TOKEN_FILE
+//	Service Fabric     IDENTITY_ENDPOINT, IDENTITY_HEADER, IDENTITY_SERVER_THUMBPRINT
+//	App Service        IDENTITY_ENDPOINT, IDENTITY_HEADER
+//	Azure ML           MSI_ENDPOINT, MSI_SECRET
+//	Cloud Shell        MSI_ENDPOINT
+//	Azure Arc          IDENTITY_ENDPOINT, IMDS_ENDPOINT, or its agent's file
+//	IMDS               none of these
+//
+// Its error names the variable that is wrong.
 func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	hidden *secrets) (*endpoint, error) {
 	isSet := func(name string) bool { return getenv(name) != "" }
@@ -348,7 +367,7 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	// No redirect is followed, as a RoundTripper never does. It would show the
 	// request's secret to another host.
 	e.transport = &http.Transport{
-		Proxy:                  nil,  // the platforms' endpoints are on the host's own link
+		Proxy:                  nil,  // none on the way to the host's own link
 		DisableKeepAlives:      true, // there are hours between two requests
 		DisableCompression:     true, // ask for no gzip
 		MaxResponseHeaderBytes: maxAnswer,
@@ -479,6 +498,7 @@ func parseEndpoint(variable, value, fallback, path string) (*url.URL, error) {
 	return u, nil
 }
 
+// exists tells whether there is such a file.
 func exists(file string) bool {
 	_, err := os.Stat(file)
 	return err == nil
@@ -494,6 +514,7 @@ func proxyTo(u *url.URL) func(*http.Request) (*url.URL, error) {
 	return http.ProxyFromEnvironment
 }
 
+// sleep waits for d, or until ctx ends.
 func sleep(ctx context.Context, d time.Duration) {
 	select {
 	case <-time.After(d):
@@ -518,6 +539,7 @@ func (e *endpoint) get(apiVersion, idParam string) *http.Request {
 	return &http.Request{Method: http.MethodGet, URL: &u, Header: header}
 }
 
+// post makes a POST request, whose parameters are in its body.
 func (e *endpoint) post(form url.Values) *http.Request {
 	// NewRequest can fail only on its method and URL, which are valid.
 	req, _ := http.NewRequest(http.MethodPost, e.url.String(), strings.NewReader(form.Encode()))
@@ -545,9 +567,10 @@ func (e *endpoint) tokenExchange(file string) (*http.Request, error) {
 	}), nil
 }
 
-// answerChallenge makes the request for Azure Arc's agent. It answers a first
-// one with 401 and names a file that root and the group himds can read; the
-// second must show what is in that file.
+// answerChallenge makes the request for Azure Arc's agent. The agent answers a
+// first request with 401 and names a file that only root and the group himds
+// can read. The second one must show what is in that file, which proves that
+// this program may have the token.
 func (e *endpoint) answerChallenge(ctx context.Context, keys string) (*http.Request, error) {
 	req := e.get("2020-06-01", "client_id")
 	resp, body, err := e.do(ctx, req)
@@ -645,7 +668,8 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 	}
 }
 
-// try asks the endpoint once. Its error is a *fetchError.
+// try asks the endpoint once. Its error is a *fetchError. The time at which the
+// request was sent is when a token's life begins: on the way it has aged.
 func (e *endpoint) try(ctx context.Context) (token, error) {
 	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
@@ -662,7 +686,8 @@ func (e *endpoint) try(ctx context.Context) (token, error) {
 		return token{}, e.refusal(resp, body)
 	}
 
-	// expires_on is told by the endpoint's clock, which its Date header shows.
+	// expires_on is told by the endpoint's clock, which its Date header shows. A
+	// host whose clock is wrong keeps a token for the right time all the same.
 	endpointTime, err := http.ParseTime(resp.Header.Get("Date"))
 	if err != nil {
 		endpointTime = sent
@@ -703,7 +728,8 @@ func (e *endpoint) do(ctx context.Context, req *http.Request) (*http.Response, [
 	return resp, body, nil
 }
 
-// refusal is the error for an answer other than 200, in the endpoint's words.
+// refusal is the error for an answer other than 200. It shows the answer's
+// body, as that is where an endpoint says what is wrong.
 func (e *endpoint) refusal(resp *http.Response, body []byte) *fetchError {
 	if resp.StatusCode < 300 {
 		body = nil // it may hold a token
@@ -730,11 +756,13 @@ func (e *endpoint) shouldRetry(status int) bool {
 	return slices.Contains(e.alsoRetried, status)
 }
 
-// refusalHints are what to do about the usual refusals.
+// refusalHints are what to do about the usual refusals: of IMDS, of what
+// Docker Desktop has in its place, and of Entra ID, which numbers its errors
+// ("Microsoft Entra authentication and authorization error codes").
 var refusalHints = []struct{ text, hint string }{
 	{"Identity not found", "assign a managed identity to this host, or correct AZURE_CLIENT_ID"},
 	{"Multiple user assigned", "set AZURE_CLIENT_ID to the client id of one of them"},
-	{"unreachable network", "this is not an Azure host"}, // Docker Desktop's 403
+	{"unreachable network", "this is not an Azure host"},
 	{"AADSTS70021", "the federated credential's issuer or subject is not this pod's"},
 	{"AADSTS500011", "correct AZURE_OPENAI_SCOPE"},
 }
@@ -866,9 +894,10 @@ const (
 	stepExchange    = "connection broke"
 )
 
-// explainFailure says in which step a round trip failed, and why. It has words
-// for the types of error that it knows and shows no other error's text: that
-// of net/http quotes an answer that is not HTTP, and a token may be in there.
+// explainFailure says in which step a round trip failed, and why. It knows the
+// types of error that tell of names, addresses, system calls and certificates.
+// No other error's text is shown, since net/http quotes an answer that is not
+// HTTP in some of its errors, and a token may be in there.
 func explainFailure(err error) (step, reason string) {
 	var (
 		dns         *net.DNSError
@@ -914,9 +943,10 @@ func statusText(code int) string {
 	return strings.TrimSpace(strconv.Itoa(code) + " " + http.StatusText(code))
 }
 
+// How much is shown of what comes from outside, in bytes.
 const (
-	maxPiece = 500  // bytes shown of one text from outside
-	maxLine  = 4000 // bytes of a line, which may hold several
+	maxPiece = 500  // of one text
+	maxLine  = 4000 // of a line, which may hold several
 )
 
 // secrets are what the program must not show: the key of its clients, what it
@@ -928,8 +958,9 @@ type secrets struct {
 
 type secret struct{ kind, value string }
 
-// hide makes value the secret of its kind, in the place of an earlier one. The
-// longest is first, so that it is redacted whole if another is a part of it.
+// hide makes value the secret of its kind, in the place of an earlier one, so
+// that old tokens do not pile up. The longest is first: if another is a part of
+// it, it is redacted whole all the same.
 func (s *secrets) hide(kind, value string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -1016,6 +1047,7 @@ func printable(s string) string {
 	}, s)
 }
 
+// isPrintableASCII tells whether a header can carry s.
 func isPrintableASCII(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
@@ -1025,6 +1057,7 @@ func hasHost(u *url.URL) bool {
 	return u.Hostname() != "" && (u.Port() == "" || isPort(u.Port()))
 }
 
+// isPort tells whether s is a number from 0 to 65535.
 func isPort(s string) bool {
 	_, err := strconv.ParseUint(s, 10, 16)
 	return err == nil
@@ -1038,10 +1071,12 @@ func isLoopback(host string) bool {
 	return name == "localhost" || net.ParseIP(host).IsLoopback()
 }
 
+// isDebug tells whether the log is to speak about tokens.
 func isDebug(getenv func(string) string) bool {
 	return strings.EqualFold(getenv("AZURE_LOG_LEVEL"), "debug")
 }
 
+// Characters for consistsOf.
 const (
 	letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 	digits  = "0123456789"

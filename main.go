@@ -73,7 +73,8 @@ var settings = []variable{
 var platformVariables = []variable{
 	{"IDENTITY_ENDPOINT", "set by App Service, Functions, Container Apps, Automation,\n" +
 		"Azure Arc and Service Fabric", nil},
-	{"IDENTITY_HEADER", "by the same except Azure Arc, and by Container Instances", checkHeaderValue},
+	{"IDENTITY_HEADER", "by the same except Azure Arc, and by Container Instances",
+		checkHeaderValue},
 	{"IDENTITY_SERVER_THUMBPRINT", "by Service Fabric and Container Instances", nil},
 	{"IMDS_ENDPOINT", "by Azure Arc", nil},
 	{"MSI_ENDPOINT", "by Azure Machine Learning and Cloud Shell", nil},
@@ -442,8 +443,8 @@ func checkHeaderValue(value string) error {
 
 func checkScope(value string) error {
 	if !isPrintableASCII(value) || strings.Contains(value, " ") {
-		return fmt.Errorf("want a scope such as https://cognitiveservices.azure.com/.default, got %q",
-			value)
+		return fmt.Errorf("want a scope such as "+
+			"https://cognitiveservices.azure.com/.default, got %q", value)
 	}
 	return nil
 }
@@ -728,7 +729,8 @@ func checkSettings(cfg *config) []finding {
 		addrs = append(addrs, net.JoinHostPort(host, cfg.port))
 	}
 	return []finding{
-		{step: "settings", text: fmt.Sprintf("TARGET_URL is %s, the scope %s", cfg.target, cfg.scope)},
+		{step: "settings", text: fmt.Sprintf("TARGET_URL is %s, the scope %s",
+			cfg.target, cfg.scope)},
 		{step: "settings", text: fmt.Sprintf("to listen on %s, which is not tried; %s",
 			strings.Join(addrs, " and "), cfg.whoMayUseIt())},
 	}
