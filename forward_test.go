@@ -848,6 +848,46 @@ func TestProgramSaysWhatItIsAsked(t *testing.T) {
 	}
 }
 
+func isKnown(name string) bool {
+	return slices.ContainsFunc(slices.Concat(settings, platformVariables),
+		func(v variable) bool { return v.name == name })
+}
+
+// TestEveryVariableIsListed: what the source reads is in one of the tables, from
+// which -h is made, and what README.md says may be set is in them too.
+func TestEveryVariableIsListed(t *testing.T) {
+	read := regexp.MustCompile(`(?:[gG]etenv|get|isSet|urlFrom|set)\("([A-Za-z_]{4,})"`)
+	seen := make(map[string]bool)
+	for _, file := range []string{"main.go", "imds.go", "forward.go"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range read.FindAllStringSubmatch(string(text), -1) {
+			if name := match[1]; strings.ToUpper(name) == name ||
+				strings.HasPrefix(name, "Program") {
+				seen[name] = true
+			}
+		}
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, match := range regexp.MustCompile("(?m)^\\| `([A-Z_]+)` "+
+		"").FindAllStringSubmatch(string(readme), -1) {
+		seen[match[1]] = true
+	}
+	if len(seen) < 18 {
+		t.Errorf("found %d variables only: %v", len(seen), seen)
+	}
+	for name := range seen {
+		if !isKnown(name) {
+			t.Errorf("%s is in neither table", name)
+		}
+	}
+}
+
 func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
 	identity := newFakeIdentity(t)
 	env := vars{"PORT": "0", "EXPECTED_KEY": "", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}
@@ -3330,11 +3370,6 @@ func random(size int) string {
 }
 
 // Fuzz targets.
-
-func isKnown(name string) bool {
-	return slices.ContainsFunc(slices.Concat(settings, platformVariables),
-		func(v variable) bool { return v.name == name })
-}
 
 // FuzzDotEnv: what is read of a setting is in the file, and is read again from what it is written
 // as;

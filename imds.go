@@ -668,8 +668,8 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 	}
 }
 
-// try asks the endpoint once. Its error is a *fetchError. The time at which the
-// request was sent is when a token's life begins: on the way it has aged.
+// try asks the endpoint once. Its error is a *fetchError. A token's life counts
+// from the moment when the request was sent, as it may be no younger.
 func (e *endpoint) try(ctx context.Context) (token, error) {
 	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
