@@ -569,7 +569,7 @@ func cutCredentials(query string) string {
 type upload struct {
 	body    io.Reader
 	failed  atomic.Bool // the client did not send it whole
-	stopped atomic.Bool // the answer is over, so no more of it goes upstream
+	stopped atomic.Bool // the answer is over: no more goes upstream, not even the end
 }
 
 func (u *upload) Read(p []byte) (int, error) {
@@ -606,8 +606,8 @@ func (u *upload) waitForAnswer(req *http.Request) *http.Request {
 	}))
 }
 
-// end takes the upload away from the transport, and reads what the client
-// still sends.
+// end takes the upload away from the transport, and drops what the client still
+// sends. Without that part the upload must not look complete to the upstream.
 func (u *upload) end(w http.ResponseWriter) {
 	u.stopped.Store(true)
 	client := http.NewResponseController(w)
@@ -617,8 +617,9 @@ func (u *upload) end(w http.ResponseWriter) {
 }
 
 // sendContinue tells a client that waits for it to send its body (RFC 9110
-// §10.1.1). The server would do so when the transport first reads the body,
-// from another goroutine and perhaps in the middle of an early answer.
+// §10.1.1). The server would do so by itself when the transport first reads the
+// body, but from the transport's goroutine and perhaps while an early answer is
+// being written, which in Go 1.22 is a data race.
 func sendContinue(w http.ResponseWriter, r *http.Request) {
 	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 		w.WriteHeader(http.StatusContinue)

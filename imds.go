@@ -231,7 +231,7 @@ func (s *tokenSource) publish(t token, err error) {
 	defer s.mu.Unlock()
 	s.failure = err
 	if err == nil {
-		s.held, s.quietUntil = t, time.Time{}
+		s.held = t
 	} else {
 		s.quietUntil = s.now().Add(s.pauseAfter(err))
 	}

@@ -475,6 +475,32 @@ func TestClientThatLeavesCancelsNothing(t *testing.T) {
 	f.wantFetches(t, 1)
 }
 
+// TestTokenSourceEndsWithoutAWord: a fetch that the program's end breaks off is
+// no failure.
+func TestTokenSourceEndsWithoutAWord(t *testing.T) {
+	logged := followLog(t)
+	f := newFakeIdentity(t)
+	arrived := make(chan bool, 1)
+	f.answerWith(func(_ http.ResponseWriter, r *http.Request) {
+		arrived <- true
+		<-r.Context().Done()
+	})
+	e, c := newTestEndpoint(t, f, imdsEnv, "")
+	tokens := newTokenSource(e.fetch, c.now)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan bool)
+	go func() {
+		tokens.run(ctx)
+		close(ended)
+	}()
+	<-arrived
+	cancel()
+	<-ended
+	if text := logged.String(); text != "" {
+		t.Errorf("the log has %q", text)
+	}
+}
+
 func TestUpstream401MakesTokenDueForRefresh(t *testing.T) {
 	followLog(t)
 	f := newFakeIdentity(t)
@@ -980,6 +1006,18 @@ func TestFetchIsBounded(t *testing.T) {
 	if _, failure := s.fetch(ctx); failure == nil || !willRetry(failure) {
 		t.Errorf("got %v", failure)
 	}
+}
+
+func TestFetchEndsWithItsContext(t *testing.T) {
+	f := newFakeIdentity(t)
+	f.answerWith(refuse(500, "", ""))
+	e, _ := newTestEndpoint(t, f, imdsEnv, "")
+	ctx, cancel := context.WithCancel(context.Background())
+	e.sleep = func(context.Context, time.Duration) { cancel() }
+	if _, err := e.fetch(ctx); err == nil {
+		t.Error("got no error")
+	}
+	f.wantFetches(t, 1)
 }
 
 func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
