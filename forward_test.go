@@ -2423,8 +2423,8 @@ func TestProxyThatRefusesIsNamed(t *testing.T) {
 	p.forwarder.transport.Proxy = http.ProxyURL(refusing)
 	p.start(t)
 	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-	if resp.StatusCode != 502 || !strings.Contains(body,
-		"connection failed: HTTPS_PROXY answered 407 Proxy Authentication Required") ||
+	if resp.StatusCode != 502 || !strings.Contains(body, "no answer from localhost by way of "+
+		"HTTPS_PROXY: connection failed: HTTPS_PROXY answered 407 Proxy Authentication Required") ||
 		!strings.Contains(body, "hint: HTTPS_PROXY") {
 		t.Errorf("got %d %s, want 502 that names the proxy", resp.StatusCode, body)
 	}

@@ -1013,9 +1013,13 @@ func TestFetchEndsWithItsContext(t *testing.T) {
 	f.answerWith(refuse(500, "", ""))
 	e, _ := newTestEndpoint(t, f, imdsEnv, "")
 	ctx, cancel := context.WithCancel(context.Background())
-	e.sleep = func(context.Context, time.Duration) { cancel() }
-	if _, err := e.fetch(ctx); err == nil {
-		t.Error("got no error")
+	pauses := 0
+	e.sleep = func(context.Context, time.Duration) {
+		pauses++
+		cancel()
+	}
+	if _, err := e.fetch(ctx); err == nil || pauses != 1 {
+		t.Errorf("got %v after %d pauses, want an error after one", err, pauses)
 	}
 	f.wantFetches(t, 1)
 }
