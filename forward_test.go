@@ -757,6 +757,7 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 	}
 	defer taken.Close()
 	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	const dotEnvRead = "read .env in the working directory for what the environment leaves out"
 	const target = "https://b.example/openai/"
 	tests := []struct {
 		name, dotEnv string
@@ -767,12 +768,12 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as " +
 			"https://my-aoai.openai.azure.com/openai/"},
 		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
-		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "", "PORT: want a number"},
+		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "",
+			`PORT: want a number from 0 to 65535 such as 8081, got "0x50" (` + dotEnvRead + ": PORT)"},
 		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
 			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
-			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (not taken from .env, as " +
-				"it must come " +
-				"from the environment: IMDS_ENDPOINT)"},
+			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (" + dotEnvRead + ": nothing; " +
+				"not taken from .env, as it must come from the environment: IMDS_ENDPOINT)"},
 		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
 			".env line 3: want NAME=value"},
 		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
@@ -953,8 +954,8 @@ func TestDotEnvCannotTakeTheToken(t *testing.T) {
 // TestDirectoryNamedDotEnvIsNone: Python keeps environments in such a one.
 func TestDirectoryNamedDotEnvIsNone(t *testing.T) {
 	dir := t.TempDir()
-	if file, err := readDotEnv(dir, os.Getenv); err != nil || file.hasFile {
-		t.Errorf("got %+v, %v", file, err)
+	if _, lines, err := readDotEnv(dir, os.Getenv); err != nil || lines != nil {
+		t.Errorf("got %q, %v", lines, err)
 	}
 }
 

@@ -152,16 +152,16 @@ func run(args []string, stdout io.Writer) error {
 	// any more.
 	signal.Ignore(syscall.SIGPIPE)
 
-	env, err := readDotEnv(".env", os.Getenv)
+	getenv, envLines, err := readDotEnv(".env", os.Getenv)
 	if err != nil {
 		return err
 	}
-	cfg, err := loadConfig(env.getenv)
+	cfg, err := loadConfig(getenv)
 	if *checkOnly {
-		return check(cfg, err, env.report(), stdout)
+		return check(cfg, err, envLines, stdout)
 	}
-	if err != nil && len(env.refused) > 0 {
-		return fmt.Errorf("%w (%s)", err, env.refusal())
+	if err != nil && len(envLines) > 0 {
+		return fmt.Errorf("%w (%s)", err, strings.Join(envLines, "; "))
 	}
 	if err != nil {
 		return err
@@ -171,7 +171,7 @@ func run(args []string, stdout io.Writer) error {
 		return err
 	}
 	log.SetOutput(logWriter{cfg.secrets, log.Writer()})
-	for _, line := range env.report() {
+	for _, line := range envLines {
 		log.Print(line)
 	}
 	signals := make(chan os.Signal, 2)
@@ -223,71 +223,53 @@ func (w logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// environment is the environment, with what a .env file adds to it.
-type environment struct {
-	getenv  func(string) string
-	hasFile bool
-	taken   []string // settings whose value is the file's
-	refused []string // platformVariables that are in the file
-}
-
-// report says, in lines for the log, what was taken from the file and what was
-// not. It shows no values.
-func (e *environment) report() (lines []string) {
-	if e.hasFile {
-		lines = append(lines, "read .env in the working directory for what the environment "+
-			"leaves out: "+cmp.Or(strings.Join(e.taken, ", "), "nothing"))
-	}
-	if len(e.refused) > 0 {
-		lines = append(lines, e.refusal())
-	}
-	return lines
-}
-
-func (e *environment) refusal() string {
-	return "not taken from .env, as it must come from the environment: " +
-		strings.Join(e.refused, ", ")
-}
-
 // readDotEnv reads the file, if there is one, for the settings that getenv
-// leaves out. An empty variable counts as left out.
-func readDotEnv(name string, getenv func(string) string) (*environment, error) {
-	e := &environment{getenv: getenv}
+// leaves out. It returns getenv with these added, and lines for the log that
+// name what was taken from the file and what was not. They show no values.
+func readDotEnv(name string, getenv func(string) string) (
+	filled func(string) string, lines []string, err error) {
 	info, err := os.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return e, nil
+		return getenv, nil, nil
 	}
 	if err == nil && (info.IsDir() || info.Mode()&fs.ModeDevice != 0) {
-		return e, nil // Python's environments are such directories; a device has no end
+		return getenv, nil, nil // Python keeps environments in such a directory
 	}
 	text, err := os.ReadFile(name) // any other error of Stat comes up again here
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", name, errors.Unwrap(err)) // its cause alone
+		return nil, nil, fmt.Errorf("reading %s: %w", name, errors.Unwrap(err)) // its cause alone
 	}
 	values, err := parseDotEnv(string(text))
 	if err != nil {
-		return nil, fmt.Errorf("%s %w", name, err)
+		return nil, nil, fmt.Errorf("%s %w", name, err)
 	}
 
-	e.hasFile = true
-	isSet := func(v variable) bool { return strings.TrimSpace(getenv(v.name)) != "" }
+	// An empty variable counts as left out.
+	isEmpty := func(value string) bool { return strings.TrimSpace(value) == "" }
+	var taken, refused []string
 	for _, v := range settings {
-		if !isSet(v) && strings.TrimSpace(values[v.name]) != "" {
-			e.taken = append(e.taken, v.name)
+		if isEmpty(getenv(v.name)) && !isEmpty(values[v.name]) {
+			taken = append(taken, v.name)
 		}
 	}
 	for _, v := range platformVariables {
 		if _, ok := values[v.name]; ok {
-			e.refused = append(e.refused, v.name)
+			refused = append(refused, v.name)
 		}
 	}
-	e.getenv = func(name string) string {
-		if slices.Contains(e.taken, name) {
+	lines = []string{"read .env in the working directory for what the environment leaves out: " +
+		cmp.Or(strings.Join(taken, ", "), "nothing")}
+	if len(refused) > 0 {
+		lines = append(lines, "not taken from .env, as it must come from the environment: "+
+			strings.Join(refused, ", "))
+	}
+	filled = func(name string) string {
+		if slices.Contains(taken, name) {
 			return values[name]
 		}
 		return getenv(name)
 	}
-	return e, nil
+	return filled, lines, nil
 }
 
 // parseDotEnv reads the lines that set a variable of ours. Others are skipped,
