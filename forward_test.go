@@ -2112,6 +2112,30 @@ func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
 	}
 }
 
+// deadlineRecorder records the read deadlines that are set on a connection.
+type deadlineRecorder struct {
+	*httptest.ResponseRecorder
+	deadlines []time.Time
+}
+
+func (d *deadlineRecorder) SetReadDeadline(t time.Time) error {
+	d.deadlines = append(d.deadlines, t)
+	return nil
+}
+
+// TestSmallBodyLeavesNoDeadline: with one the server would end a longer stream.
+func TestSmallBodyLeavesNoDeadline(t *testing.T) {
+	f := newForwarder(&url.URL{}, "", nil, &secrets{})
+	w := &deadlineRecorder{ResponseRecorder: httptest.NewRecorder()}
+	body, err := f.readBody(w, httptest.NewRequest("POST", "/x", strings.NewReader("hi")))
+	if err != nil || string(body) != "hi" {
+		t.Fatalf("got %q, %v", body, err)
+	}
+	if n := len(w.deadlines); n != 2 || w.deadlines[0].IsZero() || !w.deadlines[1].IsZero() {
+		t.Errorf("got deadlines %v, want one and then none", w.deadlines)
+	}
+}
+
 // TestSmallBodiesCanBeSentAgain looks at what the transport is given. That an
 // idle connection turns out to be closed before a byte was written, which is
 // when it sends again, happens by chance only: with the process stopped while
