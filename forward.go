@@ -38,7 +38,7 @@ import (
 // one of forwardedPrefixes. All others stay here: credentials, cookies, Origin
 // and Referer, what tells of the client's network, and what could make a front
 // end route the request elsewhere.
-var forwardedHeaders = set(
+var forwardedHeaders = nameSet(
 	// What HTTP itself and every API use.
 	"Accept", "Accept-Encoding", "Accept-Language", "Content-Type", "Content-Encoding",
 	"Range", "If-Range", "User-Agent",
@@ -68,7 +68,7 @@ var credentialWords = []string{"auth", "cookie", "key", "token"}
 
 // webSocketHeaders go upstream with an upgrade (RFC 6455 §4.1). So does
 // Sec-WebSocket-Protocol, without the key that may be in it.
-var webSocketHeaders = set("Sec-Websocket-Key", "Sec-Websocket-Version",
+var webSocketHeaders = nameSet("Sec-Websocket-Key", "Sec-Websocket-Version",
 	"Sec-Websocket-Extensions")
 
 // keyProtocol precedes a key among the subprotocols of a WebSocket. openai-node
@@ -77,23 +77,23 @@ const keyProtocol = "openai-insecure-api-key."
 
 // hopByHop are headers of one connection, which a proxy does not pass on (RFC
 // 9110 §7.6.1). Proxy-Connection is from before that rule, and still sent.
-var hopByHop = set("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization",
+var hopByHop = nameSet("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization",
 	"Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade")
 
 // othersPolicies are answer headers that are right for the upstream's host and
 // wrong for this one. Strict-Transport-Security must not be sent over plain
 // HTTP (RFC 6797 §7.2), and Alt-Svc would lead the client past the proxy (RFC
 // 7838 §2).
-var othersPolicies = set("Alt-Svc", "Strict-Transport-Security")
+var othersPolicies = nameSet("Alt-Svc", "Strict-Transport-Security")
 
 // credentialParams are query parameters that carry a key or a token, in lower
 // case: of Azure and its look-alikes, of older openai-node, of RFC 6750 §2.3
 // and of API Management.
-var credentialParams = set("api-key", "x-api-key", "api_key", "authorization",
+var credentialParams = nameSet("api-key", "x-api-key", "api_key", "authorization",
 	"access_token", "subscription-key", "ocp-apim-subscription-key")
 
-// set makes a set of names.
-func set(names ...string) map[string]bool {
+// nameSet makes a set of names.
+func nameSet(names ...string) map[string]bool {
 	s := make(map[string]bool)
 	for _, name := range names {
 		s[name] = true
@@ -214,7 +214,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	// Check the caller.
 	upgrade := isWebSocket(r)
-	if refusal := f.check(r, upgrade); refusal != nil {
+	if refusal := f.checkCaller(r, upgrade); refusal != nil {
 		log.Printf("answered %d to %s: %s", refusal.status, r.RemoteAddr, refusal.message)
 		refusal.write(w, r)
 		return
@@ -232,7 +232,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 
 	// Get the token.
-	t, err := f.tokens.token(r.Context())
+	t, err := f.tokens.current(r.Context())
 	if err != nil {
 		f.logProblem(r, req, nil, start, err.Error())
 		f.withoutToken(w, r, err)
@@ -314,8 +314,8 @@ func (f *forwarder) safeTarget(target string) string {
 	return f.secrets.safe(text, maxPiece)
 }
 
-// check tells why a request may not go upstream, or returns nil if it may.
-func (f *forwarder) check(r *http.Request, upgrade bool) *apiError {
+// checkCaller tells why a request may not go upstream, or returns nil if it may.
+func (f *forwarder) checkCaller(r *http.Request, upgrade bool) *apiError {
 	// The answer to TRACE would repeat the request, and the token with it. TRACK
 	// is the same in IIS. CONNECT is for a proxy to other hosts.
 	switch strings.ToUpper(r.Method) {

@@ -3462,7 +3462,7 @@ func FuzzPath(f *testing.F) {
 				t.Fatal(err)
 			}
 			forward := &forwarder{target: u}
-			if forward.check(r, false) != nil {
+			if forward.checkCaller(r, false) != nil {
 				continue
 			}
 			req, err := forward.upstreamRequest(httptest.NewRecorder(), r, false)

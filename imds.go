@@ -139,10 +139,10 @@ type noTokenError struct {
 
 func (e *noTokenError) Error() string { return e.cause.Error() }
 
-// token returns a valid token: the held one, or else that of the fetch under
+// current returns a valid token: the held one, or else that of the fetch under
 // way, for which it waits until ctx ends. Soon after a failure it does not
 // wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
-func (s *tokenSource) token(ctx context.Context) (token, error) {
+func (s *tokenSource) current(ctx context.Context) (token, error) {
 	s.mu.Lock()
 	now := s.now()
 	held, fetched, due := s.held, s.fetched, s.isDue(now)
@@ -374,8 +374,8 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 		// Its timeouts are zero, as the context of each try bounds it.
 	}
 
-	urlFrom := func(variable, fallback, path string) (*url.URL, error) {
-		return parseEndpoint(variable, getenv(variable), fallback, path)
+	urlFrom := func(name, fallback, path string) (*url.URL, error) {
+		return parseEndpoint(name, getenv(name), fallback, path)
 	}
 	var err error
 	switch {
@@ -482,10 +482,10 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	return e, nil
 }
 
-// parseEndpoint parses the URL that the variable holds, or fallback if it is
+// parseEndpoint parses the value of the variable name, or fallback if that is
 // not set, with path after it. Its error shows an example and not the URL,
 // which may hold a secret.
-func parseEndpoint(variable, value, fallback, path string) (*url.URL, error) {
+func parseEndpoint(name, value, fallback, path string) (*url.URL, error) {
 	raw := cmp.Or(value, fallback)
 	if path != "" {
 		raw = strings.TrimRight(raw, "/") + path
@@ -493,7 +493,7 @@ func parseEndpoint(variable, value, fallback, path string) (*url.URL, error) {
 	u, err := url.Parse(raw)
 	if err != nil || !hasHost(u) || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, fmt.Errorf("%s: not a URL with a host; want one such as %s",
-			variable, cmp.Or(fallback, "http://127.0.0.1:41964/msi/token"))
+			name, cmp.Or(fallback, "http://127.0.0.1:41964/msi/token"))
 	}
 	return u, nil
 }
@@ -1082,5 +1082,8 @@ const (
 	digits  = "0123456789"
 )
 
-// consistsOf tells whether s has characters of the set only, and at least one.
-func consistsOf(s, set string) bool { return s != "" && strings.Trim(s, set) == "" }
+// consistsOf tells whether s has only these characters, and at least one. Trim
+// takes them off both ends until it meets another.
+func consistsOf(s, characters string) bool {
+	return s != "" && strings.Trim(s, characters) == ""
+}

@@ -215,7 +215,7 @@ func wantToken(t testing.TB, s *tokenSource, token string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), safetyNet) // instead of a deadlock
 	defer cancel()
-	got, err := s.token(ctx)
+	got, err := s.current(ctx)
 	if strings.TrimPrefix(got.authorization, "Bearer ") != token || (err == nil) != (token != "") {
 		t.Fatalf("got %q, %v; want %q", got.authorization, err, token)
 	}
@@ -280,7 +280,7 @@ func TestTwoHundredRequestsMakeOneFetch(t *testing.T) {
 			all.Add(1)
 			go func() {
 				defer all.Done()
-				got, err := tokens.token(context.Background())
+				got, err := tokens.current(context.Background())
 				if err != nil || got.authorization != "Bearer "+want {
 					t.Errorf("%s: got %q, %v", name, got.authorization, err)
 				}
@@ -462,7 +462,7 @@ func TestClientThatLeavesCancelsNothing(t *testing.T) {
 	ctx, leave := context.WithCancel(context.Background())
 	left := make(chan error)
 	go func() {
-		_, err := tokens.token(ctx)
+		_, err := tokens.current(ctx)
 		left <- err
 	}()
 	<-arrived
@@ -565,7 +565,7 @@ func heldToken() *tokenSource {
 
 func TestHeldTokenAllocatesNothing(t *testing.T) {
 	tokens, ctx := heldToken(), context.Background()
-	if got := testing.AllocsPerRun(100, func() { tokens.token(ctx) }); got != 0 {
+	if got := testing.AllocsPerRun(100, func() { tokens.current(ctx) }); got != 0 {
 		t.Errorf("got %v allocations, want 0", got)
 	}
 }
@@ -1354,7 +1354,7 @@ func TestNothingTheEndpointSaysLeaksOrForges(t *testing.T) {
 		f.answerWith(tt.answer)
 		tokens, _ := newTestTokens(t, f, "IDENTITY_ENDPOINT=URL/msi?code=hidden "+
 			"IDENTITY_HEADER=s3cret AZURE_LOG_LEVEL=debug")
-		_, err := tokens.token(context.Background())
+		_, err := tokens.current(context.Background())
 		line := log.String()[before:]
 		if strings.Count(line, "\n") != 1 || !strings.Contains(line,
 			strings.TrimPrefix(f.URL, "http://")) {

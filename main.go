@@ -552,7 +552,7 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 		log.Printf("debug: probe %s from %s", r.URL.Path, r.RemoteAddr)
 	}
 	if r.URL.Path == "/readyz" {
-		if _, err := s.tokens.token(r.Context()); err != nil {
+		if _, err := s.tokens.current(r.Context()); err != nil {
 			http.Error(w, noTokenMessage(r, err, false), http.StatusServiceUnavailable)
 			return
 		}
