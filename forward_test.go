@@ -769,11 +769,12 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 			"https://my-aoai.openai.azure.com/openai/"},
 		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
 		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "",
-			`PORT: want a number from 0 to 65535 such as 8081, got "0x50" (` + dotEnvRead + ": PORT)"},
+			`PORT: want a number from 0 to 65535 such as 8081, got "0x50" (` + dotEnvRead +
+				": PORT)"},
 		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
 			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
-			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (" + dotEnvRead + ": nothing; " +
-				"not taken from .env, as it must come from the environment: IMDS_ENDPOINT)"},
+			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (" + dotEnvRead +
+				": nothing; not taken from .env, as it must come from the environment: IMDS_ENDPOINT)"},
 		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
 			".env line 3: want NAME=value"},
 		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
@@ -819,8 +820,8 @@ func TestProgramSaysWhatItIsAsked(t *testing.T) {
 	fine := vars{"TARGET_URL": upstream.URL + "/openai/",
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "SSL_CERT_FILE": ca}
 	const settings = "TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID " +
-		"IDENTITY_ENDPOINT IDENTITY_HEADER " +
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST AZURE_LOG_LEVEL -check -version"
+		"IDENTITY_ENDPOINT IDENTITY_HEADER AZURE_POD_IDENTITY_AUTHORITY_HOST AZURE_LOG_LEVEL " +
+		"-check -version"
 	tests := []struct {
 		name, arg string
 		env       vars
@@ -892,8 +893,8 @@ func TestEveryVariableIsListed(t *testing.T) {
 func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
 	identity := newFakeIdentity(t)
 	env := vars{"PORT": "0", "EXPECTED_KEY": "", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}
-	const dotEnv = "# mine\nTARGET_URL='http://127.0.0.1:1/openai'\nPORT=1\nexport " +
-		"EXPECTED_KEY=s3cret\n"
+	const dotEnv = "# mine\nTARGET_URL='http://127.0.0.1:1/openai'\nPORT=1\n" +
+		"export EXPECTED_KEY=s3cret\n"
 	p := startProgram(t, dotEnv, env)
 	p.stderr.waitFor(t, "read .env")
 	line, _ := p.stderr.waitFor(t, "proxy listening on :")
@@ -1516,8 +1517,8 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			[]string{"ok    upstream: "}},
 		{"service without a list of models", upstream.URL + "/models/", token,
 			reply{404, "\x1b[2J"},
-			[]string{"ok    upstream: ", "answered 404 Not Found, as services without a list " +
-				"of models do"}},
+			[]string{"ok    upstream: ", "answered 404 Not Found, as services without a list of " +
+				"models do"}},
 		{"Claude", upstream.URL + "/anthropic/", token, claude, []string{"ok    upstream: ",
 			"POST " + upstream.URL + "/anthropic/v1/messages: answered 400 Bad Request: " +
 				"invalid_request_error"}},
@@ -1553,8 +1554,8 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			said(401, "401", "Access token is missing, invalid, audience is incorrect "+
 				"(https://cognitiveservices.azure.com), or have expired."),
 			[]string{"FAIL  upstream: ",
-				"hint: the token is for https://management.azure.com, the wrong " +
-					"audience: set AZURE_OPENAI_SCOPE"}},
+				"hint: the token is for https://management.azure.com, the wrong audience: set " +
+					"AZURE_OPENAI_SCOPE"}},
 		{"role missing", target, token, said(401, "PermissionDenied",
 			"Principal does not have access to API/Operation."),
 			[]string{"FAIL  upstream: ", "object id " + object +
@@ -1700,10 +1701,10 @@ func TestKeyIsCheckedAndStaysHere(t *testing.T) {
 		{"api-key", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: sesame\r\n", 200},
 		{"x-api-key", "POST /x HTTP/1.1\r\nHost: {host}\r\nX-Api-Key: sesame\r\n", 200},
 		{"bearer", "POST /x HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer sesame\r\n", 200},
-		{"bearer in other case", "POST /x HTTP/1.1\r\nHost: {host}\r\nauthorization: bEARER " +
-			"sesame\r\n", 200},
-		{"second of two", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: " +
-			"wrong\r\nAuthorization: Bearer sesame\r\n", 200},
+		{"bearer in other case", "POST /x HTTP/1.1\r\nHost: {host}\r\n" +
+			"authorization: bEARER sesame\r\n", 200},
+		{"second of two", "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: wrong\r\n" +
+			"Authorization: Bearer sesame\r\n", 200},
 		{"upgrade, query", "GET /x?a=1&api-key=sesame&b=2 HTTP/1.1\r\n" + webSocketHead, 200},
 		{"upgrade, subprotocol", "GET /x HTTP/1.1\r\n" + webSocketHead +
 			"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n", 200},
@@ -1760,8 +1761,8 @@ func TestWebPagesCannotDriveIt(t *testing.T) {
 		{"localhost and port", "Host: localhost:8081", 200},
 		{"IPv4 literal", "Host: 127.0.0.1:8081", 200},
 		{"IPv6 literal", "Host: [::1]:8081", 200},
-		{"own origin", "Host: localhost:8081\r\nOrigin: " +
-			"http://localhost:8081\r\nSec-Fetch-Site: same-origin", 200},
+		{"own origin", "Host: localhost:8081\r\nOrigin: http://localhost:8081\r\n" +
+			"Sec-Fetch-Site: same-origin", 200},
 		{"capitals", "Host: LOCALHOST:8081", 200},
 		{"final dot", "Host: localhost.", 200},
 		{"origin in capitals", "Host: localhost\r\nOrigin: http://LOCALHOST:3000", 200},
@@ -1774,11 +1775,11 @@ func TestWebPagesCannotDriveIt(t *testing.T) {
 		{"any address", "Host: 0.0.0.0:8081", 403},
 		{"empty host", "Host:", 403},
 		{"foreign origin", "Host: localhost\r\nOrigin: https://attacker.example", 403},
-		{"origin with localhost as user", "Host: localhost\r\nOrigin: " +
-			"https://localhost@attacker.example", 403},
+		{"origin with localhost as user",
+			"Host: localhost\r\nOrigin: https://localhost@attacker.example", 403},
 		{"opaque origin", "Host: localhost\r\nOrigin: null", 403},
-		{"second origin", "Host: localhost\r\nOrigin: http://localhost\r\nOrigin: " +
-			"https://attacker.example", 403},
+		{"second origin", "Host: localhost\r\nOrigin: http://localhost\r\n" +
+			"Origin: https://attacker.example", 403},
 		{"cross-site", "Host: localhost\r\nSec-Fetch-Site: cross-site", 403},
 		{"same-site", "Host: localhost\r\nSec-Fetch-Site: same-site", 403},
 	}
@@ -2001,28 +2002,28 @@ func TestCredentialsAreCutFromTheQuery(t *testing.T) {
 }
 
 func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
-	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|OpenAI-Beta: " +
-		"b|x-stainless-lang: l|" +
-		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: " +
-		"1|X-Codex-Turn-State: t|" +
-		"x-ms-oai-image-generation-deployment: d|traceparent: p|Range: " +
-		"bytes=0-1|extra-parameters: drop|" +
-		"x-ms-useragent: a|x-ms-return-client-request-id: true|x-ms-enable-preview: " +
-		"true|Foundry-Features: Skills=V1Preview"
-	const kept = "Cookie: c|Idempotency-Key: k|Origin: http://localhost|Referer: " +
-		"r|X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
-		"X-Real-Ip: i|X-Ms-Client-Ip: i|X-Ms-Adfs-Proxy-Client-Ip: i|X-Ms-Proxy: " +
-		"p|X-Ms-Access-Token: t|X-Ms-Auth-Token: t|" +
-		"Openai-Key: k|X-Openai-Token: t|Anthropic-Cookie: c|X-Ms-Forwarded-Client-Ip: " +
-		"i|X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: " +
-		"k|Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: " +
-		"t|X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
-		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: " +
-		"p|X-Http-Method-Override: DELETE|" +
-		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: " +
-		"none|Upgrade: h2c|" +
-		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|OpenAI-Project: " +
-		"named|X-Unknown: x"
+	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|" +
+		"OpenAI-Beta: b|x-stainless-lang: l|" +
+		"anthropic-version: v|x-ms-client-request-id: i|session_id: s|originator: o|version: 1|" +
+		"X-Codex-Turn-State: t|" +
+		"x-ms-oai-image-generation-deployment: d|traceparent: p|Range: bytes=0-1|" +
+		"extra-parameters: drop|" +
+		"x-ms-useragent: a|x-ms-return-client-request-id: true|x-ms-enable-preview: true|" +
+		"Foundry-Features: Skills=V1Preview"
+	const kept = "Cookie: c|Idempotency-Key: k|Origin: http://localhost|Referer: r|" +
+		"X-Forwarded-For: 1.2.3.4|X-Forwarded-Host: h|Forwarded: f|" +
+		"X-Real-Ip: i|X-Ms-Client-Ip: i|X-Ms-Adfs-Proxy-Client-Ip: i|X-Ms-Proxy: p|" +
+		"X-Ms-Access-Token: t|X-Ms-Auth-Token: t|" +
+		"Openai-Key: k|X-Openai-Token: t|Anthropic-Cookie: c|X-Ms-Forwarded-Client-Ip: i|" +
+		"X-Ms-Authorization-Auxiliary: a|X-OpenAI-Api-Key: k|OpenAI-Api-Key: k|" +
+		"Anthropic-Api-Key: k|X-Ms-Api-Key: k|X-MS-TOKEN-AAD-ACCESS-TOKEN: t|" +
+		"X-MS-CLIENT-PRINCIPAL: p|X-MS-CLIENT-PRINCIPAL-NAME: n|" +
+		"x-ms-original-url: u|Ocp-Apim-Subscription-Key: k|Proxy-Authorization: p|" +
+		"X-Http-Method-Override: DELETE|" +
+		"X-Original-Url: /|Expect: 100-continue|TE: trailers|Keep-Alive: 1|Sec-Fetch-Site: none|" +
+		"Upgrade: h2c|" +
+		"HTTP2-Settings: AAMAAABkAAQAAP__|Sec-WebSocket-Key: k|Max-Forwards: 1|" +
+		"OpenAI-Project: named|X-Unknown: x"
 	p, upstream := startRecorded(t, nil)
 	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: keep-alive, openai-project, "+
 		"Authorization, Upgrade\r\n"+
@@ -2063,18 +2064,18 @@ func TestRequestBodiesKeepTheirFraming(t *testing.T) {
 		{"sized", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 5\r\n\r\nhello", "hello", 5},
 		{"sized and large", fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: "+
 			"%d\r\n\r\n%s", len(large), large), large, int64(len(large))},
-		{"chunked", "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: " +
-			"chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", "hello", -1},
+		{"chunked", "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n" +
+			"hel\r\n2\r\nlo\r\n0\r\n\r\n", "hello", -1},
 		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n", "", 0},
 		{"none", "DELETE /x HTTP/1.1\r\nHost: {host}\r\n\r\n", "", 0},
 		{"of a GET", "GET /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
 		{"own method", "BREW /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
-		{"expected", "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: " +
-			"100-continue\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
-		{"both framings", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: " +
-			"3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "hello", -1},
-		{"compressed", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Encoding: " +
-			"zstd\r\nContent-Length: 4\r\n\r\n\x28\xb5\x2f\xfd", "\x28\xb5\x2f\xfd", 4},
+		{"expected", "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\n" +
+			"Content-Length: 2\r\n\r\nhi", "hi", 2},
+		{"both framings", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\n" +
+			"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "hello", -1},
+		{"compressed", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Encoding: zstd\r\n" +
+			"Content-Length: 4\r\n\r\n\x28\xb5\x2f\xfd", "\x28\xb5\x2f\xfd", 4},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -2512,53 +2513,54 @@ func TestAnswersPassUntouched(t *testing.T) {
 	tests := []struct{ name, method, answer, head, body string }{
 		{"sized", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: a/b\r\n\r\nhello",
 			"Content-Length: 5\r\nContent-Type: a/b", "hello"},
-		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: " +
-			"chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "Transfer-Encoding: chunked",
+		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n" +
+			"0\r\n\r\n", "Transfer-Encoding: chunked",
 			"5\r\nhello\r\n0\r\n\r\n"},
 		{"until close", "GET", "HTTP/1.1 200 OK\r\n\r\nhello", "Transfer-Encoding: chunked",
 			"5\r\nhello\r\n0\r\n\r\n"},
-		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: " +
-			"chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n",
+		{"trailers", "GET", "HTTP/1.1 200 OK\r\nTrailer: X-T\r\n" +
+			"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n",
 			"Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"},
 		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "Content-Length: 5", ""},
 		{"204", "GET", "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", "X-A: b", ""},
 		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nEtag: e\r\n\r\n", "Etag: e", ""},
-		{"429", "GET", "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\nRetry-After: " +
-			"3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0\r\n\r\n{}",
-			"Content-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: " +
-				"2999\r\nX-Ratelimit-Remaining-Tokens: 0", "{}"},
+		{"429", "GET", "HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\n" +
+			"Retry-After: 3\r\nRetry-After-Ms: 2999\r\nX-Ratelimit-Remaining-Tokens: 0\r\n\r\n{}",
+			"Content-Length: 2\r\nRetry-After: 3\r\nRetry-After-Ms: 2999\r\n" +
+				"X-Ratelimit-Remaining-Tokens: 0", "{}"},
 		{"529", "GET", "HTTP/1.1 529 status code 529\r\nContent-Length: 0\r\n\r\n",
 			"Content-Length: 0", ""},
-		{"redirect", "POST", "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " +
-			"https://elsewhere.example/\r\n\r\n",
+		{"redirect", "POST", "HTTP/1.1 302 Found\r\nContent-Length: 0\r\n" +
+			"Location: https://elsewhere.example/\r\n\r\n",
 			"Content-Length: 0\r\nLocation: https://elsewhere.example/", ""},
-		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: " +
-			"4\r\n\r\n\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4",
+		{"gzip", "GET", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n" +
+			"\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4",
 			"\x1f\x8b\x08\x00"},
-		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\nX-Hop: " +
-			"h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\nX-End: " +
-			"e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
-		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: " +
-			"a\r\nSet-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b",
+		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\n" +
+			"X-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\n" +
+			"X-End: e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
+		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a\r\n" +
+			"Set-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b",
 			""},
-		{"about the upstream's host", "GET", "HTTP/1.1 200 OK\r\nStrict-Transport-Security: " +
-			"max-age=1\r\n" +
-			"Alt-Svc: h3=\":443\"\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"about the upstream's host", "GET",
+			"HTTP/1.1 200 OK\r\nStrict-Transport-Security: max-age=1\r\n" +
+				"Alt-Svc: h3=\":443\"\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
 		{"Connection that names itself", "GET",
 			"HTTP/1.1 200 OK\r\nConnection: connection, content-type\r\n" +
 				"Content-Type: a\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
-		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: " +
-			"text/event-stream\r\nContent-Length: 0\r\n\r\n",
+		{"event stream", "GET", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" +
+			"Content-Length: 0\r\n\r\n",
 			"Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no",
 			""},
-		{"event stream with a choice", "GET", "HTTP/1.1 200 OK\r\nContent-Type: " +
-			"text/event-stream\r\nContent-Length: 0\r\nX-Accel-Buffering: yes\r\n\r\n",
+		{"event stream with a choice", "GET",
+			"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 0\r\n" +
+				"X-Accel-Buffering: yes\r\n\r\n",
 			"Content-Length: 0\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: yes",
 			""},
-		{"early hints", "GET", "HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: " +
-			"0\r\n\r\n", "Content-Length: 0", ""},
-		{"100 unasked", "GET", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 " +
-			"OK\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"early hints", "GET", "HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\n" +
+			"Content-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"100 unasked", "GET", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n" +
+			"Content-Length: 0\r\n\r\n", "Content-Length: 0", ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -2838,8 +2840,8 @@ func TestNothingOutlivesItsRequest(t *testing.T) {
 // forward.go: the tunnel.
 
 func TestUpgrades(t *testing.T) {
-	const accepted = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " +
-		"websocket\r\nSec-Websocket-Accept: a\r\n\r\nfirst frame"
+	const accepted = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n" +
+		"Upgrade: websocket\r\nSec-Websocket-Accept: a\r\n\r\nfirst frame"
 	tests := []struct {
 		name, request, answer string
 		status                int
@@ -2854,8 +2856,8 @@ func TestUpgrades(t *testing.T) {
 		{"without Connection: Upgrade", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
 			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502,
 			"no answer from 127.0.0.1:"},
-		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: " +
-			"h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502,
+		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n" +
+			"Upgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502,
 			"unexpected status 101 Switching Protocols"},
 		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502,
 			"unexpected status 101 Switching Protocols"},
@@ -3049,7 +3051,8 @@ func TestTunnelDoesNotWaitForEver(t *testing.T) {
 			if silent == "upstream" {
 				conn.Close()
 			}
-			for deadline := time.Now().Add(safetyNet); p.forwarder.streams.Load() > 0; runtime.Gosched() {
+			deadline := time.Now().Add(safetyNet)
+			for ; p.forwarder.streams.Load() > 0; runtime.Gosched() {
 				if time.Now().After(deadline) {
 					t.Fatal("the tunnel is still open")
 				}
@@ -3159,16 +3162,16 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 			"answered 403 Forbidden"},
 		{"Retry-After", "HTTP/1.1 429 No\r\nRetry-After: TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
 			"answered 429 Too Many Requests; Retry-After: REDACTED REDACTED; hint: too many"},
-		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\nContent-Length: " +
-			"0\r\n\r\n",
+		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\n" +
+			"Content-Length: 0\r\n\r\n",
 			"answered 500 Internal Server Error; apim-request-id x REDACTED REDACTED"},
-		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\nContent-Length: " +
-			"0\r\n\r\n",
+		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\n" +
+			"Content-Length: 0\r\n\r\n",
 			"apim-request-id REDACTED"},
 		{"at the cut", "HTTP/1.1 500 No\r\nApim-Request-Id: FILLTOKEN\r\nContent-Length: 0\r\n\r\n",
 			"x x REDA…"},
-		{"rest of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: REST\r\nContent-Length: " +
-			"0\r\n\r\n",
+		{"rest of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: REST\r\n" +
+			"Content-Length: 0\r\n\r\n",
 			"apim-request-id REDACTED\n"},
 		{"many words", "HTTP/1.1 500 No\r\nApim-Request-Id: " + strings.Repeat("ab ", 999) +
 			"\r\nContent-Length: 0\r\n\r\n", "ab ab…\n"},
@@ -3183,8 +3186,8 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n",
 			"Retry-After: REDACTED; hint: too many requests or tokens for the deployment's " +
 				"quota; apim-request-id id\n"},
-		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: " +
-			"a\xe2\x80\xa8b\xc2\x9bc\r\nContent-Length: 0\r\n\r\n",
+		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: a\xe2\x80\xa8b\xc2\x9bc\r\n" +
+			"Content-Length: 0\r\n\r\n",
 			"apim-request-id a b c\n"},
 	}
 	fill := strings.NewReplacer("TOKEN", token, "KEY", key, "HALF", token[:len(token)/2],

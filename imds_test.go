@@ -587,9 +587,9 @@ func TestEndpointIsTheOneTheEnvironmentMarks(t *testing.T) {
 		imds  = "http://169.254.169.254/metadata/identity/oauth2/token"
 	)
 	for _, tt := range []struct{ name, env, himds, want string }{
-		{"workload identity", workload, none, "workload identity " +
-			"https://login.microsoftonline.com/t/oauth2/v2.0/token marked by " +
-			"AZURE_FEDERATED_TOKEN_FILE"},
+		{"workload identity", workload, none,
+			"workload identity https://login.microsoftonline.com/t/oauth2/v2.0/token marked by " +
+				"AZURE_FEDERATED_TOKEN_FILE"},
 		{"workload identity of a sovereign cloud", workload +
 			"AZURE_AUTHORITY_HOST=https://login.microsoftonline.us/", none,
 			"workload identity https://login.microsoftonline.us/t/oauth2/v2.0/token"},
@@ -606,8 +606,8 @@ func TestEndpointIsTheOneTheEnvironmentMarks(t *testing.T) {
 		{"Cloud Shell before Azure Arc", shell + arc, himds, "Cloud Shell http"},
 		{"Azure Arc", arc, none, "Azure Arc http://127.0.0.1/arc marked by IDENTITY_ENDPOINT " +
 			"and IMDS_ENDPOINT"},
-		{"Azure Arc by its agent", "", himds, "Azure Arc " +
-			"http://127.0.0.1:40342/metadata/identity/oauth2/token marked by " + himds},
+		{"Azure Arc by its agent", "", himds,
+			"Azure Arc http://127.0.0.1:40342/metadata/identity/oauth2/token marked by " + himds},
 		{"Container Instance", "IDENTITY_HEADER=s IDENTITY_SERVER_THUMBPRINT=p", none, "IMDS " +
 			imds + " no variable marks another endpoint"},
 		{"IMDS", "", none, "IMDS " + imds + " no variable marks another endpoint"},
@@ -620,8 +620,8 @@ func TestEndpointIsTheOneTheEnvironmentMarks(t *testing.T) {
 		{"Service Fabric", fabric, none, "error: IDENTITY_SERVER_THUMBPRINT is set: Service " +
 			"Fabric is not supported"},
 		{"Cloud Shell with a user-assigned identity", shell + "AZURE_CLIENT_ID=c", none,
-			"error: AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no " +
-				"user-assigned identities"},
+			"error: AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no user-assigned " +
+				"identities"},
 		{"workload identity by half", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t", none,
 			"error: AZURE_FEDERATED_TOKEN_FILE is set without AZURE_CLIENT_ID"},
 		{"endpoint without header", "IDENTITY_ENDPOINT=http://127.0.0.1", none,
@@ -669,8 +669,8 @@ func TestStartUpLogNamesTheEndpoint(t *testing.T) {
 	}
 	defer listeners[0].Close()
 	newService(cfg).logStart(listeners)
-	const want = "tokens for https://cognitiveservices.azure.com/.default come from Azure ML " +
-		"at 127.0.0.1:9, marked by MSI_ENDPOINT and MSI_SECRET\n"
+	const want = "tokens for https://cognitiveservices.azure.com/.default come from Azure ML at " +
+		"127.0.0.1:9, marked by MSI_ENDPOINT and MSI_SECRET\n"
 	if got := log.String(); strings.Count(got, want) != 1 || strings.Contains(got, "s3cret") {
 		t.Errorf("got %q, want %q in it", got, want)
 	}
@@ -678,10 +678,10 @@ func TestStartUpLogNamesTheEndpoint(t *testing.T) {
 
 func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 	const r = "resource=https%3A%2F%2Fcognitiveservices.azure.com"
-	const federated = "client_assertion=jwt%2B%2F%3D&client_assertion_type=urn%3Aietf%3Aparams%" +
-		"3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&" +
-		"client_id=c1&grant_type=client_credentials&scope=https%3A%2F%2Fcognitiveservices.azure" +
-		".com%2F.default"
+	const federated = "client_assertion=jwt%2B%2F%3D&" +
+		"client_assertion_type=urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&" +
+		"client_id=c1&grant_type=client_credentials&" +
+		"scope=https%3A%2F%2Fcognitiveservices.azure.com%2F.default"
 	file := filepath.Join(t.TempDir(), "federated")
 	writeFile(t, file, "jwt+/=")
 	for _, tt := range []struct{ name, env, want string }{
@@ -708,12 +708,12 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 		{"Azure Arc", arcEnv, "GET /arc?api-version=2020-06-01&" + r +
 			" Metadata:true; GET /arc?api-version=2020-06-01&" + r +
 			" Authorization:Basic the key Metadata:true"},
-		{"Azure Arc, user-assigned", arcEnv + " " +
-			"AZURE_CLIENT_ID=00000000-0000-0000-0000-000000000001",
+		{"Azure Arc, user-assigned", arcEnv +
+			" AZURE_CLIENT_ID=00000000-0000-0000-0000-000000000001",
 			"GET /arc?api-version=2020-06-01&client_id=00000000-0000-0000-0000-000000000001&" +
-				r + " Metadata:true; GET " +
-				"/arc?api-version=2020-06-01&client_id=00000000-0000-0000-0000-00000000" +
-				"0001&" + r + " Authorization:Basic the key Metadata:true"},
+				r + " Metadata:true; GET /arc?api-version=2020-06-01&" +
+				"client_id=00000000-0000-0000-0000-000000000001&" + r +
+				" Authorization:Basic the key Metadata:true"},
 		{"workload identity", workloadEnv + file,
 			"POST /tenant/oauth2/v2.0/token? Content-Type:application/x-www-form-urlencoded " +
 				federated},
@@ -924,8 +924,8 @@ func TestRetriesWhatMayPassAndNothingElse(t *testing.T) {
 		{"201", imdsEnv, refuse(201, "", tokenAnswer("LEAK", time.Hour)), "none"},
 		{"hung up", imdsEnv, answerRaw(""), "0.8 s, 1.6 s"},
 		{"cut off", imdsEnv, answerRaw(cut), "0.8 s, 1.6 s"},
-		{"cut off in a chunk", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\nTransfer-Encoding: " +
-			"chunked\r\n\r\n9\r\n{"), "0.8 s, 1.6 s"},
+		{"cut off in a chunk", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\n" +
+			"Transfer-Encoding: chunked\r\n\r\n9\r\n{"), "0.8 s, 1.6 s"},
 		{"not HTTP", appServiceEnv, answerRaw("SSH-2.0-OpenSSH_9.9\r\n"), "0.8 s, 1.6 s"},
 		{"endless header", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\nA: " +
 			strings.Repeat("a", maxAnswer)), "0.8 s, 1.6 s"},
@@ -1038,8 +1038,8 @@ func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
 			"IMDS at HOST answered 400: BODY (client_id c1, from AZURE_CLIENT_ID); " + assign},
 		{"several identities", imdsEnv, 400,
 			`{"error_description":"Multiple user assigned identities exist, please specify"}`,
-			"IMDS at HOST answered 400: BODY; hint: set AZURE_CLIENT_ID to the client id of " +
-				"one of them"},
+			"IMDS at HOST answered 400: BODY; hint: set AZURE_CLIENT_ID to the client id of one " +
+				"of them"},
 		{"wrong resource", imdsEnv, 400, `{"error_description":"AADSTS500011: no such principal"}`,
 			"IMDS at HOST answered 400: BODY; hint: correct AZURE_OPENAI_SCOPE"},
 		{"App Service", appServiceEnv + id, 400, `{"message":"No Managed Identity found"}`,
@@ -1211,8 +1211,9 @@ func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
 			"not the JSON object expected"},
 		{"array", `["LEAK"]`, "not the JSON object expected"},
 		{"empty", ``, "not the JSON object expected"},
-		{"a web page", `<html>LEAK</html>`, "answered with text/html; charset=utf-8, not a " +
-			"usable token: not the JSON object expected"},
+		{"a web page", `<html>LEAK</html>`,
+			"answered with text/html; charset=utf-8, not a usable token: not the JSON object " +
+				"expected"},
 		{"too large", `{"access_token":"` + strings.Repeat("LEAK", maxAnswer/4) + in,
 			"not the JSON object expected"},
 		{"line break", `{"access_token":"LEAK\r\nX-Forged: 1` + in,
