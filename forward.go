@@ -736,8 +736,8 @@ func abort(w http.ResponseWriter, r *http.Request) {
 }
 
 // tunnel copies bytes between the client and the upstream, after its 101. Each
-// direction is copied to its own end, which is then passed on, since who has
-// said its last may still wait for the other's.
+// direction is copied to its own end, and that end is passed on: a peer that
+// has sent all it has may still wait for the rest of what the other sends.
 func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
 	upstream := resp.Body.(io.ReadWriteCloser)
 	client, buffered, err := http.NewResponseController(w).Hijack()
@@ -772,8 +772,9 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	go copyToEnd(client, upstream, ended)
 	<-ended
 
-	// The answer to a Close frame takes a moment (RFC 6455 §7.1.1). A peer that
-	// is gone looks like one that waits, so there is a limit.
+	// The other direction has some time to end, as a Close frame is answered (RFC
+	// 6455 §7.1.1). But a peer that has vanished looks like one that is waiting,
+	// so the time is limited.
 	timer := time.AfterFunc(f.endTime, func() {
 		upstream.Close()
 		client.SetDeadline(time.Now())
@@ -950,7 +951,7 @@ func (f *forwarder) describeFailure(err error) (text, hint string) {
 	switch {
 	case f.isProxied():
 		text += " by way of HTTPS_PROXY"
-		hint = "HTTPS_PROXY names the proxy to go through"
+		hint = "HTTPS_PROXY names the proxy: check its address, password and rules"
 	case step == stepConnect:
 		hint = "a firewall? HTTPS_PROXY names a proxy to go through"
 	case step == stepDNS:

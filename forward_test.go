@@ -774,7 +774,8 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
 			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
 			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (" + dotEnvRead +
-				": nothing; not taken from .env, as it must come from the environment: IMDS_ENDPOINT)"},
+				": nothing; not taken from .env, as it must come from the environment: " +
+				"IMDS_ENDPOINT)"},
 		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
 			".env line 3: want NAME=value"},
 		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
