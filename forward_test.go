@@ -1954,6 +1954,7 @@ func TestPathAndQueryGoAsTheyCame(t *testing.T) {
 		{"slashes alone", "/openai/", "//", "/openai/"},
 		{"slash after openai", "/openai/", "/openai///deployments/x", "/openai/deployments/x"},
 		{"slashes within TARGET_URL", "/a//openai/", "//openai/models", "/a//openai/models"},
+		{"slashes before TARGET_URL's path", "//a/openai/", "/models", "/a/openai/models"},
 		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
 		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a",
 			"/openai/x?b=1;a=%zz&a=%20+&a"},
@@ -2546,6 +2547,9 @@ func TestAnswersPassUntouched(t *testing.T) {
 		{"about the upstream's host", "GET",
 			"HTTP/1.1 200 OK\r\nStrict-Transport-Security: max-age=1\r\n" +
 				"Alt-Svc: h3=\":443\"\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
+		{"Connection that names the length", "HEAD",
+			"HTTP/1.1 200 OK\r\nConnection: content-length\r\nContent-Length: 5\r\n\r\n",
+			"Content-Length: 5", ""},
 		{"Connection that names itself", "GET",
 			"HTTP/1.1 200 OK\r\nConnection: connection, content-type\r\n" +
 				"Content-Type: a\r\nContent-Length: 0\r\n\r\n", "Content-Length: 0", ""},
