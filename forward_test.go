@@ -953,11 +953,13 @@ func TestDotEnvCannotTakeTheToken(t *testing.T) {
 	}
 }
 
-// TestDirectoryNamedDotEnvIsNone: Python keeps environments in such a one.
-func TestDirectoryNamedDotEnvIsNone(t *testing.T) {
-	dir := t.TempDir()
-	if _, lines, err := readDotEnv(dir, os.Getenv); err != nil || lines != nil {
-		t.Errorf("got %q, %v", lines, err)
+// TestDirectoryOrDeviceIsNoDotEnv: Python keeps environments in a directory of
+// that name, and some devices have no end.
+func TestDirectoryOrDeviceIsNoDotEnv(t *testing.T) {
+	for _, name := range []string{t.TempDir(), os.DevNull} {
+		if _, lines, err := readDotEnv(name, os.Getenv); err != nil || lines != nil {
+			t.Errorf("%s: got %q, %v", name, lines, err)
+		}
 	}
 }
 
