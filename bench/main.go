@@ -1,7 +1,7 @@
 // Bench compares aoai-proxy with httputil.ReverseProxy, the proxy that Go's
 // standard library has:
 //
-//	make bench              # or go run ./bench; some two minutes
+//	make bench              # or go run ./bench; some three minutes
 //	go run ./bench -quick   # half a minute, and noisier
 //
 // Each proxy is a process of its own, so its CPU time and memory can be told
