@@ -96,11 +96,12 @@ func run(ctx context.Context, quick bool) error {
 	for round := range size.rounds {
 		for i := range peers {
 			name := peers[(i+round)%len(peers)] // who is first changes
-			if err := b.measure(ctx, name); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
-			}
+			err := b.measure(ctx, name)
 			if ctx.Err() != nil {
 				return errors.New("interrupted")
+			}
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
 			}
 		}
 	}
