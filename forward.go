@@ -177,6 +177,7 @@ func newForwarder(target *url.URL, key string, tokens *tokenSource, hidden *secr
 		endTime:  time.Minute,
 		transport: &http.Transport{
 			Proxy: proxyTo(target),
+			// The transport's own error would not say that the proxy refused.
 			OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request,
 				resp *http.Response) error {
 				if resp.StatusCode != http.StatusOK {
@@ -240,7 +241,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	req.Header.Set("Authorization", t.authorization)
 
-	// Send. Full duplex lets an answer begin while the upload still runs.
+	// Send. If the body is streamed, it is an upload; full duplex lets an answer
+	// begin while that still runs.
 	body, streamed := req.Body.(*upload)
 	if streamed {
 		http.NewResponseController(w).EnableFullDuplex()

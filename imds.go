@@ -168,7 +168,10 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 	if s.held.validAt(now) {
 		return s.held, nil
 	}
-	cause := cmp.Or(s.failure, errors.New("the token expired as soon as it came"))
+	cause := s.failure
+	if cause == nil {
+		cause = errors.New("the token expired as soon as it came")
+	}
 	return token{}, &noTokenError{cause, s.quietUntil.Sub(now)}
 }
 
@@ -320,6 +323,7 @@ func arcFilesHere(getenv func(string) string) arcFiles {
 
 // pairs are variables that mean nothing unless one of some others is set too.
 // The Azure SDKs fall back to IMDS then, which fails later with less to go by.
+// newEndpoint refuses them, and so its switch need not look at both.
 var pairs = []struct {
 	name   string
 	others []string
@@ -391,7 +395,8 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 			return nil, err
 		}
 		if e.url.Scheme == "http" && !isLoopback(e.url.Hostname()) {
-			return nil, errors.New("AZURE_AUTHORITY_HOST: want https")
+			return nil, errors.New("AZURE_AUTHORITY_HOST: want https, as in " +
+				"https://login.microsoftonline.com")
 		}
 		e.transport.Proxy = proxyTo(e.url)
 		e.request = func(context.Context) (*http.Request, error) {
@@ -897,7 +902,8 @@ const (
 // explainFailure says in which step a round trip failed, and why. It knows the
 // types of error that tell of names, addresses, system calls and certificates.
 // No other error's text is shown, since net/http quotes an answer that is not
-// HTTP in some of its errors, and a token may be in there.
+// HTTP in some of its errors, and a token may be in there. One error may wrap
+// another; the case that says more comes first.
 func explainFailure(err error) (step, reason string) {
 	var (
 		dns         *net.DNSError
