@@ -48,16 +48,21 @@ var forwardedHeaders = nameSet(
 	"Traceparent", "Tracestate", "X-Request-Id", "X-Client-Request-Id",
 	"X-Ms-Client-Request-Id", "X-Ms-Return-Client-Request-Id", "X-Ms-Useragent",
 
-	// What codex says of itself and of its session, in old and new spelling.
+	// What codex says of itself and of its session, in old and new spelling (its
+	// source, codex-rs). Its attestation proves to OpenAI that it is a genuine
+	// codex, and opens nothing here.
 	"Originator", "Version", "Session_id", "Session-Id", "Conversation_id", "Conversation-Id",
 	"Thread_id", "Thread-Id", "X-Oai-Attestation", "X-Responsesapi-Include-Timing-Metrics",
 
-	// Options of Azure OpenAI, Foundry and Azure Machine Learning.
-	"Aoai-Evals", "Azureml-Model-Deployment", "Extra-Parameters", "Foundry-Features",
-	"X-Ms-Enable-Preview", "X-Ms-Oai-Image-Generation-Deployment", "X-Policy-Id",
+	// Options of a single request, which the service checks: whether parameters
+	// that it does not know are refused, dropped or passed to the model (Foundry
+	// Models REST reference), which deployment draws or serves, which of the
+	// resource's own content filters is used, evaluations and previews.
+	"Extra-Parameters", "Azureml-Model-Deployment", "X-Ms-Oai-Image-Generation-Deployment",
+	"X-Policy-Id", "Aoai-Evals", "Foundry-Features", "X-Ms-Enable-Preview",
 )
 
-// forwardedPrefixes are those of the service's and of its SDKs' own headers.
+// forwardedPrefixes begin the headers that the service and its SDKs define.
 // X-Ms- is not one of them: App Service and other front ends of Azure put the
 // signed-in user's tokens and address under it.
 var forwardedPrefixes = []string{"Anthropic-", "Openai-", "X-Codex-", "X-Openai-", "X-Stainless-"}
@@ -129,13 +134,16 @@ func nameSet(names ...string) map[string]bool {
 //	  with a body          server, lingers and closes it.
 //	streamed upload        After the answer upload.end lingers, and the server
 //	                       closes the connection.
+//	upload without an      No more of it is sent. Then it is answered as a
+//	  answer               refusal of a request with a body.
 //	answer that breaks     abort closes the connection at once, so that the
-//	  off                  client does not take a part for the whole. With it
-//	                       the transport's reading of an upload fails.
+//	  off                  client does not take a part for the whole. That also
+//	                       ends a Read of the transport.
 //	tunnel                 Each direction ends by itself. Then tunnel lingers and
 //	                       closes both connections.
-//	end of a drain         The request's context ends. That ends the upstream
-//	                       request, as an answer that breaks off, or the tunnel.
+//	end of a drain         The request's context ends. The upstream request then
+//	                       ends like an answer that breaks off, and a tunnel
+//	                       closes both connections.
 
 // lingerTime is how long a client may go on sending after its answer.
 const lingerTime = time.Second
@@ -189,7 +197,9 @@ func newForwarder(target *url.URL, key string, tokens *tokenSource, hidden *secr
 			TLSHandshakeTimeout: 10 * time.Second,
 			// Go's defaults, which are TLS 1.2 at least. A new connection resumes the
 			// session of an older one, which spares both sides a full handshake.
-			TLSClientConfig: &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			TLSClientConfig: &tls.Config{
+				ClientSessionCache: tls.NewLRUClientSessionCache(0), // of the default size
+			},
 			// HTTP/1.1 only: each stream has a connection to itself, where a lost
 			// packet cannot stop the others. An empty map switches HTTP/2 off.
 			TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{},
@@ -254,6 +264,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		defer resp.Body.Close()
 	}
 	if problem := f.noAnswer(r, body, resp, err, upgrade); problem != nil {
+		if streamed {
+			body.stopped.Store(true)
+		}
 		f.logProblem(r, req, nil, start, problem.message)
 		problem.write(w, r)
 		return
@@ -282,7 +295,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			_, reason := explainFailure(err)
 			f.logProblem(r, req, resp, start, "answer cut: "+reason)
 		}
-		abort(w, r)
+		abort(w, r) // does not return
 	}
 	if streamed {
 		body.end(w)
@@ -301,7 +314,9 @@ func (f *forwarder) safeTarget(target string) string {
 		text += "?" + cutCredentials(query)
 	}
 	decoded, err := url.PathUnescape(text)
-	if err != nil { // in the query: the server refuses such a path
+	if err != nil {
+		// The wrong escape is in the query, as the server refuses one in a path.
+		// So this calls itself once only.
 		return f.safeTarget(path) + "?(malformed)"
 	}
 	spaced, _ := url.QueryUnescape(text) // a + stands for a space here
@@ -356,7 +371,7 @@ func mayBeWebPage(r *http.Request) bool {
 	}
 
 	// A page of another site shows in Origin, which every browser sends with a
-	// POST. It may be "null", which has no host and so is none of ours.
+	// POST. It may be "null", which has no host and so is not loopback.
 	for _, origin := range r.Header["Origin"] {
 		u, err := url.Parse(origin)
 		if err != nil || !isLoopback(u.Hostname()) {
@@ -366,7 +381,8 @@ func mayBeWebPage(r *http.Request) bool {
 
 	// The GET of a page, an image's for one, has no Origin, but since 2023 every
 	// browser sends Sec-Fetch-Site (W3C "Fetch Metadata Request Headers"). It is
-	// "none" if the user has entered the address.
+	// "none" if the user has entered the address. A page of another port of this
+	// host is "same-site", and refused: only older browsers let it pass.
 	for _, site := range r.Header["Sec-Fetch-Site"] {
 		if site != "same-origin" && site != "none" {
 			return true
@@ -494,8 +510,10 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 func upstreamURL(target *url.URL, path string) *url.URL {
 	base := target.EscapedPath()
 	path = strings.TrimLeft(path, "/")
+	// For a base of /openai/v1/, end is openai/v1 and then v1. With v1 it cuts
+	// v1/models to models. The slash after path has a path that is end alone, v1,
+	// match too; it is taken off again.
 	for end := strings.Trim(base, "/"); end != ""; _, end, _ = strings.Cut(end, "/") {
-		// For a base of /openai/v1/, end is openai/v1 and then v1.
 		if rest, shared := strings.CutPrefix(path+"/", end+"/"); shared {
 			path = strings.TrimSuffix(rest, "/")
 			break
@@ -548,8 +566,9 @@ func isForwarded(name string) bool {
 }
 
 // cutCredentials takes the credentials out of a query, and leaves the rest as
-// it is, byte for byte. Some servers separate parameters at a semicolon too,
-// decode their names, ignore case, or trim white space.
+// it is, byte for byte. It allows for lenient servers: they separate parameters
+// at a semicolon too, decode names, ignore case, drop a second question mark,
+// trim white space, or end a name at a NUL.
 func cutCredentials(query string) string {
 	isCredential := func(param string) bool {
 		name, _, _ := strings.Cut(param, "=")
@@ -615,6 +634,8 @@ func (u *upload) end(w http.ResponseWriter) {
 	client := http.NewResponseController(w)
 	client.Flush() // the end of the answer must not wait for this
 	client.SetReadDeadline(time.Now().Add(lingerTime))
+	// A Read of the transport that is under way ends with the next bytes, or at
+	// the deadline. net/http's body has a lock and lets in one at a time.
 	io.Copy(io.Discard, u.body)
 }
 
@@ -745,6 +766,7 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		log.Printf("the connection of %s cannot be upgraded", r.RemoteAddr)
+		w.WriteHeader(http.StatusInternalServerError)
 		return
 	}
 	closeBoth := func() {
@@ -786,9 +808,9 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	linger(client)
 }
 
-// copyToEnd copies from src to dst until src ends, and then ends what dst is
-// sent, while dst can still be read. The upstream's connection has CloseWrite
-// from Go 1.24 on.
+// copyToEnd copies from src to dst until src ends, and then half-closes dst:
+// nothing more is sent to it, but it can still be read. The upstream's
+// connection offers that from Go 1.24 on.
 func copyToEnd(dst io.Writer, src io.Reader, ended chan<- bool) {
 	io.Copy(dst, src)
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
@@ -860,7 +882,7 @@ var (
 	}
 )
 
-// unreachable is the answer when there is none of the upstream's.
+// unreachable is our answer when the upstream gives none.
 func unreachable(message string) *apiError {
 	return &apiError{
 		status:  http.StatusBadGateway,
@@ -960,7 +982,8 @@ func (f *forwarder) describeFailure(err error) (text, hint string) {
 		hint = "check TARGET_URL's host name, and this host's DNS"
 	}
 	if step == stepCertificate {
-		hint = "name a file with your own CA in SSL_CERT_FILE, unless its dates or names are wrong"
+		hint = "name a file with your own CA in SSL_CERT_FILE, unless the server's certificate " +
+			"has expired or is for another name"
 	}
 	return text + ": " + step + ": " + f.secrets.safe(reason, maxPiece), hint
 }

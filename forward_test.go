@@ -674,7 +674,7 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 			"http://169.254.169.254"},
 		{"endpoint without its secret", "IDENTITY_ENDPOINT", "http://127.0.0.1/s3cret",
 			"IDENTITY_HEADER"},
-		{"secret without its endpoint", "IDENTITY_HEADER", "s3cret", "set both"},
+		{"secret without its endpoint", "IDENTITY_HEADER", "s3cret", "set that too"},
 	}
 	for _, tt := range tests {
 		_, err := loadConfig(func(name string) string {
@@ -773,7 +773,8 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 				": PORT)"},
 		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
 			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
-			"IDENTITY_HEADER or IMDS_ENDPOINT: set both, or neither (" + dotEnvRead +
+			"IDENTITY_HEADER or IMDS_ENDPOINT: set that too, or unset IDENTITY_ENDPOINT (" +
+				dotEnvRead +
 				": nothing; not taken from .env, as it must come from the environment: " +
 				"IMDS_ENDPOINT)"},
 		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",

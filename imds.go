@@ -65,7 +65,7 @@ const (
 	rejectedPause = 30 * time.Second
 
 	// maxAnswer bounds what is read of an endpoint's answer, in bytes. Real
-	// ones have about 2,000.
+	// ones have about 2,000. It bounds the upstream's answer to -check, too.
 	maxAnswer = 256 << 10
 )
 
@@ -118,16 +118,16 @@ type tokenSource struct {
 	failure    error         // of the last fetch; nil after a success
 	quietUntil time.Time     // no fetch begins before; set after a failure
 	rejectedAt time.Time     // when a 401 last made held due for refresh
-	fetched    chan struct{} // closed and replaced when a fetch ends
+	turn       chan struct{} // closed and replaced after each turn of run
 }
 
 func newTokenSource(fetch func(context.Context) (token, error),
 	now func() time.Time) *tokenSource {
 	return &tokenSource{
-		fetch:   fetch,
-		now:     now,
-		asked:   make(chan struct{}, 1),
-		fetched: make(chan struct{}),
+		fetch: fetch,
+		now:   now,
+		asked: make(chan struct{}, 1),
+		turn:  make(chan struct{}),
 	}
 }
 
@@ -143,40 +143,32 @@ func (e *noTokenError) Error() string { return e.cause.Error() }
 // way, for which it waits until ctx ends. Soon after a failure it does not
 // wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) current(ctx context.Context) (token, error) {
-	s.mu.Lock()
-	now := s.now()
-	held, fetched, due := s.held, s.fetched, s.isDue(now)
-	s.mu.Unlock()
+	for {
+		s.mu.Lock()
+		now := s.now()
+		held, failure, turn, due := s.held, s.failure, s.turn, s.isDue(now)
+		quiet := s.quietUntil.Sub(now)
+		s.mu.Unlock()
 
-	if due {
-		s.ask()
-	}
-	if held.validAt(now) {
-		return held, nil
-	}
-	if due { // the fetch is under way, or begins now
+		if due {
+			s.ask()
+		}
+		if held.validAt(now) {
+			return held, nil
+		}
+		if !due {
+			return token{}, &noTokenError{failure, quiet}
+		}
 		select {
-		case <-fetched:
+		case <-turn:
 		case <-ctx.Done():
 			return token{}, ctx.Err()
 		}
 	}
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now = s.now()
-	if s.held.validAt(now) {
-		return s.held, nil
-	}
-	cause := s.failure
-	if cause == nil {
-		cause = errors.New("the token expired as soon as it came")
-	}
-	return token{}, &noTokenError{cause, s.quietUntil.Sub(now)}
 }
 
-// isDue tells whether a fetch should begin, which remains true until it has
-// ended. The caller holds s.mu.
+// isDue tells whether a fetch should begin, or is under way. Without a valid
+// token it is false only in the pause after a failure. The caller holds s.mu.
 func (s *tokenSource) isDue(now time.Time) bool {
 	if now.Before(s.quietUntil) {
 		return false
@@ -202,11 +194,15 @@ func (s *tokenSource) run(ctx context.Context) {
 		s.mu.Unlock()
 		if due {
 			t, err := s.fetch(ctx)
+			if err == nil && !t.validAt(s.now()) {
+				err = errors.New("the token expired as soon as it came")
+			}
 			if err != nil && ctx.Err() == nil {
 				log.Printf("no new token: %v", err)
 			}
 			s.publish(t, err)
 		}
+		s.wakeWaiters()
 		select {
 		case <-time.After(s.untilDue()):
 		case <-s.asked:
@@ -227,8 +223,8 @@ func (s *tokenSource) untilDue() time.Duration {
 	return max(s.held.refresh.Sub(now), s.quietUntil.Sub(now), time.Second)
 }
 
-// publish keeps the outcome of a fetch and wakes those who wait for it. A
-// failure leaves the old token in use for as long as that is valid.
+// publish keeps the outcome of a fetch. A failure leaves the old token in use
+// for as long as that is valid.
 func (s *tokenSource) publish(t token, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -238,8 +234,14 @@ func (s *tokenSource) publish(t token, err error) {
 	} else {
 		s.quietUntil = s.now().Add(s.pauseAfter(err))
 	}
-	close(s.fetched)
-	s.fetched = make(chan struct{})
+}
+
+// wakeWaiters has those who wait for a token look again.
+func (s *tokenSource) wakeWaiters() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.turn)
+	s.turn = make(chan struct{})
 }
 
 // pauseAfter is how long no fetch begins after one that failed with err. The
@@ -288,7 +290,7 @@ type endpoint struct {
 	// request makes the request for a token, anew for each try.
 	request func(context.Context) (*http.Request, error)
 
-	alsoRetried  []int  // statuses that pass here, beside those of shouldRetry
+	alsoRetried  []int  // statuses that are temporary here, beside those of shouldRetry
 	noAnswerHint string // what it may mean that it does not answer
 	mustEchoID   bool   // an answer without clientID in it is another identity's
 
@@ -321,12 +323,12 @@ func arcFilesHere(getenv func(string) string) arcFiles {
 	return arcFiles{agent: "/opt/azcmagent/bin/himds", keys: "/var/opt/azcmagent/tokens"}
 }
 
-// pairs are variables that mean nothing unless one of some others is set too.
-// The Azure SDKs fall back to IMDS then, which fails later with less to go by.
-// newEndpoint refuses them, and so its switch need not look at both.
-var pairs = []struct {
-	name   string
-	others []string
+// requirements are variables that mean nothing unless one of some others is
+// set too. The Azure SDKs fall back to IMDS then, which fails later with less to
+// go by. newEndpoint refuses them, and so its switch need not look at both.
+var requirements = []struct {
+	name  string
+	oneOf []string
 }{
 	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_TENANT_ID"}},
 	{"AZURE_FEDERATED_TOKEN_FILE", []string{"AZURE_CLIENT_ID"}},
@@ -353,10 +355,10 @@ var pairs = []struct {
 func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	hidden *secrets) (*endpoint, error) {
 	isSet := func(name string) bool { return getenv(name) != "" }
-	for _, p := range pairs {
-		if isSet(p.name) && !slices.ContainsFunc(p.others, isSet) {
-			return nil, fmt.Errorf("%s is set without %s: set both, or neither",
-				p.name, strings.Join(p.others, " or "))
+	for _, r := range requirements {
+		if isSet(r.name) && !slices.ContainsFunc(r.oneOf, isSet) {
+			return nil, fmt.Errorf("%s is set without %s: set that too, or unset %s",
+				r.name, strings.Join(r.oneOf, " or "), r.name)
 		}
 	}
 	e := &endpoint{
@@ -471,7 +473,8 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	default:
 		// The Instance Metadata Service of virtual machines, scale sets, AKS
 		// nodes and Container Instances. While it is being updated, for up to 70
-		// seconds, it answers 404 or 410 (the page that firstPause names).
+		// seconds, it answers 404 or 410 ("How to use managed identities for Azure
+		// resources on an Azure VM to acquire an access token", Error handling).
 		e.name, e.why = "IMDS", "no variable marks another endpoint"
 		e.url, err = urlFrom("AZURE_POD_IDENTITY_AUTHORITY_HOST", "http://169.254.169.254",
 			"/metadata/identity/oauth2/token")
@@ -509,9 +512,9 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// proxyTo is the Proxy function of a transport to u's host. HTTPS_PROXY and
-// NO_PROXY count, HTTP_PROXY does not: without TLS the program speaks to
-// loopback addresses only, and a proxy would see the token.
+// proxyTo is the Proxy function of a transport to u, which is the upstream or
+// Entra ID. HTTPS_PROXY and NO_PROXY count. HTTP_PROXY does not: in plain HTTP
+// both are on a loopback address only, and a proxy would see the token.
 func proxyTo(u *url.URL) func(*http.Request) (*url.URL, error) {
 	if u.Scheme != "https" {
 		return nil
@@ -674,7 +677,8 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 }
 
 // try asks the endpoint once. Its error is a *fetchError. A token's life counts
-// from the moment when the request was sent, as it may be no younger.
+// from the sending of the request, the earliest time at which a new token can
+// have been issued.
 func (e *endpoint) try(ctx context.Context) (token, error) {
 	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
@@ -787,8 +791,8 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 
 var errExpired = errors.New("it has expired already; is this host's clock right?")
 
-// parseToken reads the answer to a request for a token, which was sent at the
-// time sent by our clock and endpointTime by the endpoint's. Its errors do not
+// parseToken reads the answer to a request for a token. When that was sent, our
+// clock showed sent, and the endpoint's clock endpointTime. The errors do not
 // quote the answer.
 func parseToken(body []byte, sent, endpointTime time.Time) (token, error) {
 	// The times come as numbers or as strings, depending on the endpoint.
@@ -990,8 +994,9 @@ func (s *secrets) safe(text string, limit int) string {
 }
 
 // A token may be repeated to us in part, or after it was replaced. So a word
-// of its characters is taken for a part of one if it begins like a secret, in
-// its first 16 bytes, or is longer than 100 bytes, which nothing else is.
+// of its characters is taken for a part of one if it contains the first 16
+// bytes of a secret, or is longer than 100 bytes. Other words of that length are
+// redacted too, which does no harm.
 const (
 	secretStart = 16
 	longestWord = 100
@@ -1035,11 +1040,11 @@ func isTokenCharacter(r rune) bool {
 // mayBePart tells whether a word may be a part of a token. The caller holds
 // s.mu.
 func (s *secrets) mayBePart(word string) bool {
-	beginsLike := func(secret secret) bool {
+	containsStart := func(secret secret) bool {
 		start := secret.value[:min(secretStart, len(secret.value))]
 		return len(start) == secretStart && strings.Contains(word, start)
 	}
-	return len(word) > longestWord || slices.ContainsFunc(s.values, beginsLike)
+	return len(word) > longestWord || slices.ContainsFunc(s.values, containsStart)
 }
 
 // printable is s with a space in the place of whatever could forge a line of
@@ -1070,8 +1075,8 @@ func isPort(s string) bool {
 }
 
 // isLoopback tells whether a host, without a port, is localhost or a loopback
-// address. Upper case and a final dot do not count (RFC 3986 §3.2.2, RFC 1034
-// §3.1).
+// address. The name may be in upper case (RFC 3986 §3.2.2) and have the final
+// dot of an absolute one (RFC 1034 §3.1); an address may not.
 func isLoopback(host string) bool {
 	name := strings.ToLower(strings.TrimSuffix(host, "."))
 	return name == "localhost" || net.ParseIP(host).IsLoopback()

@@ -225,11 +225,14 @@ func wantToken(t testing.TB, s *tokenSource, token string) error {
 // settle waits for the end of a fetch that is due.
 func settle(s *tokenSource) {
 	s.mu.Lock()
-	due, fetched := s.isDue(s.now()), s.fetched
+	due, turn := s.isDue(s.now()), s.turn
 	s.mu.Unlock()
-	if due {
+	for due { // the first turn may be one that was about to end
 		s.ask()
-		<-fetched
+		<-turn
+		s.mu.Lock()
+		due, turn = s.isDue(s.now()), s.turn
+		s.mu.Unlock()
 	}
 }
 
@@ -444,6 +447,18 @@ func TestFailureNearExpiryIsForgottenWithTheToken(t *testing.T) {
 	f.answer.Store(nil)
 	c.advance(2 * time.Second)
 	wantToken(t, tokens, "token-3")
+}
+
+func TestTokenThatExpiresOnTheWayIsAFailure(t *testing.T) {
+	followLog(t)
+	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	tokens := runTokens(t, func(context.Context) (token, error) {
+		return token{authorization: "Bearer token", expires: c.now()}, nil
+	}, c.now)
+	err := wantToken(t, tokens, "")
+	if !strings.Contains(err.Error(), "the token expired as soon as it came") {
+		t.Errorf("got %v", err)
+	}
 }
 
 func TestClientThatLeavesCancelsNothing(t *testing.T) {

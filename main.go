@@ -14,8 +14,8 @@
 // the environment leaves out; and the token or key file of the platform, where
 // that has one. Its outputs are answers to clients and the log on stderr. It
 // writes no file, starts no process and, name lookups aside, speaks to two
-// places only: the identity endpoint, and TARGET_URL's host, or HTTPS_PROXY on
-// the way there.
+// places only: the identity endpoint, and TARGET_URL's host. HTTPS_PROXY, if it
+// is set, is on the way to the latter and, with workload identity, to Entra ID.
 //
 // There are three files: main.go has the inputs, the start, the stop and
 // -check; imds.go gets tokens and keeps them; forward.go forwards requests.
@@ -51,7 +51,9 @@ type variable struct {
 	check func(string) error // refuses a value; nil accepts all
 }
 
-// settings are the operator's. They may be in a .env file too.
+// settings are the operator's. They may be in a .env file too: whoever starts
+// the program in a directory trusts the .env there with where requests go. The
+// log names what was taken from it, and the target.
 var settings = []variable{
 	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
 		"https://my-aoai.openai.azure.com/openai/", nil}, // see parseTarget
@@ -68,8 +70,9 @@ var settings = []variable{
 }
 
 // platformVariables are set by the platform, or by who runs the host. They are
-// read from the environment alone, because they say who is trusted with a
-// token, and a .env file may have come with somebody's repository.
+// read from the environment alone: with them a .env file, which may have come
+// with somebody's repository, could put itself between the program and the
+// target, or have it use another identity, while the target looks right.
 var platformVariables = []variable{
 	{"IDENTITY_ENDPOINT", "set by App Service, Functions, Container Apps, Automation,\n" +
 		"Azure Arc and Service Fabric", nil},
@@ -96,18 +99,19 @@ var platformVariables = []variable{
 	{"GODEBUG", "by the operator; settings of the Go library", nil},
 }
 
-// tlsDefaults are what a program for today's Go does by default. "go 1.22" in
-// go.mod, without which Go 1.22 could not build this one, makes a newer Go keep
-// to the defaults of 2024. An older Go ignores what it does not know. All of
-// them are described in "Go, Backwards Compatibility, and GODEBUG".
+// tlsDefaults are the defaults of a program for today's Go. go.mod says "go
+// 1.22", so that Go 1.22 can build this one. The price is that a newer Go keeps
+// to the defaults of 1.22, and so the newer ones are set here, each with the Go
+// version that made it the default. An older Go ignores what it does not know.
+// They are described in "Go, Backwards Compatibility, and GODEBUG".
 var tlsDefaults = []string{
-	"tls3des=0",                     // offer no 3DES
-	"tlssha1=0",                     // accept no SHA-1 signature in a handshake
-	"tlsmlkem=1",                    // offer the post-quantum key exchange X25519MLKEM768
-	"tlssecpmlkem=1",                // and those with P-256 and P-384
-	"rsa1024min=1",                  // accept no RSA key of less than 1024 bits
-	"x509negativeserial=0",          // accept no certificate with a negative serial number
-	"x509sslcertoverrideplatform=1", // heed SSL_CERT_FILE on Windows and macOS too
+	"tls3des=0",                     // 1.23: offer no 3DES
+	"x509negativeserial=0",          // 1.23: accept no certificate with a negative serial number
+	"tlsmlkem=1",                    // 1.24: offer the post-quantum X25519MLKEM768
+	"rsa1024min=1",                  // 1.24: accept no RSA key of less than 1024 bits
+	"tlssha1=0",                     // 1.25: accept no SHA-1 signature in a handshake
+	"tlssecpmlkem=1",                // 1.26: offer ML-KEM with P-256 and P-384, too
+	"x509sslcertoverrideplatform=1", // 1.27: heed SSL_CERT_FILE on Windows and macOS, too
 }
 
 // init puts tlsDefaults into GODEBUG, which the Go library heeds while the
@@ -207,9 +211,9 @@ func version() string {
 	return text + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
 }
 
-// logWriter is where the log goes. What the program itself says of the outside
-// is safe before it gets here, but net/http logs too: the bytes that an
-// upstream sends after its answer, for one.
+// logWriter is where the log goes. The program's own lines have their foreign
+// parts made safe already. net/http's lines have not, and one of them quotes the
+// bytes that an upstream sends after its answer.
 type logWriter struct {
 	*secrets
 	out io.Writer
@@ -384,8 +388,9 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	return cfg, nil
 }
 
-// parseTarget parses TARGET_URL, and supplies a final slash. Its errors show no
-// more of it than scheme and host, as there may be a key in the rest.
+// parseTarget parses TARGET_URL, and supplies a final slash. A value that is
+// refused may hold a key, in a query for one, so the errors show no more of it
+// than scheme and host. One that is accepted has no such part, and is logged.
 func parseTarget(value string) (*url.URL, error) {
 	const want = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
 	if value == "" {
@@ -522,7 +527,7 @@ func newService(cfg *config) *service {
 	}
 	s.server = &http.Server{
 		Handler:                      http.HandlerFunc(s.route),
-		DisableGeneralOptionsHandler: true,             // route sees OPTIONS * too
+		DisableGeneralOptionsHandler: true,             // OPTIONS * is refused as other targets are
 		ReadHeaderTimeout:            15 * time.Second, // for clients that say nothing or dribble
 		ReadTimeout:                  0,                // an upload may take its time
 		WriteTimeout:                 0,                // so may a model
@@ -592,18 +597,23 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	case <-time.After(s.drainTime):
 	}
 
-	// What still runs is broken off: it ends with its context, and if it waits
-	// for a client that does not read, with its connection.
+	// What still runs is broken off. Upstream requests and tunnels end with their
+	// context, and then their handlers have breakTime to end. One that is left
+	// waits for its client, to read or to send, and ends when the connection is
+	// closed. So finished is certain to come.
 	cancel()
 	select {
 	case <-finished:
-	case <-time.After(lingerTime):
+	case <-time.After(breakTime):
 	}
 	s.server.Close()
 	<-finished
 	log.Print("stopped")
 	return nil
 }
+
+// breakTime is enough for a handler to end that waits for no client.
+const breakTime = time.Second
 
 // waitForStreams waits for what Shutdown does not know of: tunnels. It looks
 // now and then, as Shutdown does for the rest.
