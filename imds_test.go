@@ -16,6 +16,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -458,6 +459,33 @@ func TestTokenThatExpiresOnTheWayIsAFailure(t *testing.T) {
 	err := wantToken(t, tokens, "")
 	if !strings.Contains(err.Error(), "the token expired as soon as it came") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestClockSetBackLeavesNobodyWaiting: a request sees the token expired, and
+// the token source does not any more.
+func TestClockSetBackLeavesNobodyWaiting(t *testing.T) {
+	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	tokens := newTokenSource(nil, c.now) // nothing is to be fetched
+	end := c.now().Add(time.Hour)
+	tokens.held = token{authorization: "Bearer token-1", expires: end, refresh: end}
+	c.advance(2 * time.Hour)
+	got := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), safetyNet)
+		defer cancel()
+		_, err := tokens.current(ctx)
+		got <- err
+	}()
+	for len(tokens.asked) == 0 {
+		runtime.Gosched()
+	}
+	c.advance(-2 * time.Hour)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go tokens.run(ctx)
+	if err := <-got; err != nil {
+		t.Errorf("got %v, want the token", err)
 	}
 }
 
