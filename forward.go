@@ -134,16 +134,15 @@ func nameSet(names ...string) map[string]bool {
 //	  with a body          server, lingers and closes it.
 //	streamed upload        After the answer upload.end lingers, and the server
 //	                       closes the connection.
-//	upload without an      No more of it is sent. Then it is answered as a
-//	  answer               refusal of a request with a body.
+//	upload that the        ServeHTTP sets upload.stopped, and apiError.write
+//	  upstream does not    answers as it answers a refusal of a request with a
+//	  answer               body.
 //	answer that breaks     abort closes the connection at once, so that the
-//	  off                  client does not take a part for the whole. That also
-//	                       ends a Read of the transport.
+//	  off                  client does not take a part for the whole.
 //	tunnel                 Each direction ends by itself. Then tunnel lingers and
 //	                       closes both connections.
-//	end of a drain         The request's context ends. The upstream request then
-//	                       ends like an answer that breaks off, and a tunnel
-//	                       closes both connections.
+//	any of these at the    service.serve ends the request's context. The answer
+//	  end of a drain       then breaks off, and a tunnel closes both connections.
 
 // lingerTime is how long a client may go on sending after its answer.
 const lingerTime = time.Second
@@ -155,7 +154,7 @@ const lingerTime = time.Second
 const smallBody = 256 << 10
 
 // earlyAnswerTime is how long an upload that failed waits for an answer which
-// the upstream sent before. See upload.waitForAnswer.
+// the upstream sent before. See upload.withEarlyAnswer.
 const earlyAnswerTime = 250 * time.Millisecond
 
 // maxBeginning is how much of a refusal, in bytes, is looked at to explain it.
@@ -257,7 +256,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if streamed {
 		http.NewResponseController(w).EnableFullDuplex()
 		sendContinue(w, r)
-		req = body.waitForAnswer(req)
+		req = body.withEarlyAnswer(req)
 	}
 	resp, err := f.transport.RoundTrip(req)
 	if err == nil {
@@ -265,6 +264,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if problem := f.noAnswer(r, body, resp, err, upgrade); problem != nil {
 		if streamed {
+			// The transport may be in a Read. write has it end, when it takes the
+			// connection from the server, and then nothing else reads.
 			body.stopped.Store(true)
 		}
 		f.logProblem(r, req, nil, start, problem.message)
@@ -371,7 +372,9 @@ func mayBeWebPage(r *http.Request) bool {
 	}
 
 	// A page of another site shows in Origin, which every browser sends with a
-	// POST. It may be "null", which has no host and so is not loopback.
+	// POST. It may be "null", which has no host and so is not loopback. An Origin
+	// on this host is that of a desktop program, or of a page that is refused
+	// below.
 	for _, origin := range r.Header["Origin"] {
 		u, err := url.Parse(origin)
 		if err != nil || !isLoopback(u.Hostname()) {
@@ -381,8 +384,9 @@ func mayBeWebPage(r *http.Request) bool {
 
 	// The GET of a page, an image's for one, has no Origin, but since 2023 every
 	// browser sends Sec-Fetch-Site (W3C "Fetch Metadata Request Headers"). It is
-	// "none" if the user has entered the address. A page of another port of this
-	// host is "same-site", and refused: only older browsers let it pass.
+	// "none" if the user has entered the address, and "same-site" for a page from
+	// another port of this host, which is refused. An older browser does not send
+	// the header, and its pages from this host are not noticed.
 	for _, site := range r.Header["Sec-Fetch-Site"] {
 		if site != "same-origin" && site != "none" {
 			return true
@@ -504,22 +508,21 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 //	…/openai/      /v1/responses          /openai/v1/responses
 //	…/openai/      /openai/v1/responses   /openai/v1/responses
 //	…/openai/v1/   /v1/responses          /openai/v1/responses
+//	…/openai/v1/   /v1                    /openai/v1/
 //	…/openai/      //v1/responses         /openai/v1/responses
 //
 // Both paths keep their escapes.
 func upstreamURL(target *url.URL, path string) *url.URL {
 	base := target.EscapedPath()
-	path = strings.TrimLeft(path, "/")
-	// For a base of /openai/v1/, end is openai/v1 and then v1. With v1 it cuts
-	// v1/models to models. The slash after path has a path that is end alone, v1,
-	// match too; it is taken off again.
-	for end := strings.Trim(base, "/"); end != ""; _, end, _ = strings.Cut(end, "/") {
-		if rest, shared := strings.CutPrefix(path+"/", end+"/"); shared {
-			path = strings.TrimSuffix(rest, "/")
+	end := strings.Split(strings.Trim(base, "/"), "/")
+	segments := strings.Split(strings.TrimLeft(path, "/"), "/")
+	for n := min(len(end), len(segments)); n > 0; n-- {
+		if slices.Equal(end[len(end)-n:], segments[:n]) { // n segments are shared
+			segments = segments[n:]
 			break
 		}
 	}
-	path = strings.TrimLeft(path, "/")
+	path = strings.TrimLeft(strings.Join(segments, "/"), "/")
 	// Opaque is sent as it is, without another round of escaping. With two
 	// slashes in front it would be taken for a host and a path.
 	opaque := "/" + strings.TrimLeft(base+path, "/")
@@ -595,24 +598,30 @@ type upload struct {
 
 func (u *upload) Read(p []byte) (int, error) {
 	if u.stopped.Load() {
-		return 0, errors.New("answered already")
+		return 0, errAnswered
 	}
 	n, err := u.body.Read(p)
+	if u.stopped.Load() { // and end may have read what this Read waited for
+		return 0, errAnswered
+	}
 	if err != nil && err != io.EOF {
 		u.failed.Store(true)
 	}
 	return n, err
 }
 
+var errAnswered = errors.New("answered already")
+
 // Close is called by the transport. Closing the body is the server's part.
 func (u *upload) Close() error { return nil }
 
-// waitForAnswer returns req with a hook for the case that the upstream answers
+// withEarlyAnswer returns req with a hook for the case that the upstream answers
 // before it has read the whole upload, as with 413 or 401, and then closes the
 // connection. The transport's write fails in that case, and the transport
 // reports the failure even if the answer has just come. It calls the hook
-// between the two, and so the answer gets a moment to be read first.
-func (u *upload) waitForAnswer(req *http.Request) *http.Request {
+// between the two, and so the answer gets a moment to be read first. That order
+// is not documented; if it changed, a test of early answers would fail.
+func (u *upload) withEarlyAnswer(req *http.Request) *http.Request {
 	ctx := req.Context()
 	return req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		WroteRequest: func(info httptrace.WroteRequestInfo) {
@@ -632,7 +641,7 @@ func (u *upload) waitForAnswer(req *http.Request) *http.Request {
 func (u *upload) end(w http.ResponseWriter) {
 	u.stopped.Store(true)
 	client := http.NewResponseController(w)
-	client.Flush() // the end of the answer must not wait for this
+	client.Flush() // the answer goes out before; only its last, empty chunk comes later
 	client.SetReadDeadline(time.Now().Add(lingerTime))
 	// A Read of the transport that is under way ends with the next bytes, or at
 	// the deadline. net/http's body has a lock and lets in one at a time.
@@ -735,7 +744,7 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (beginning []byte, err
 		if resp.StatusCode >= 400 {
 			beginning = append(beginning, buf[:min(n, maxBeginning-len(beginning))]...)
 		}
-		if _, err := w.Write(buf[:n]); err != nil {
+		if _, err := w.Write(buf[:n]); err != nil { // of nothing, it does nothing
 			return beginning, clientError{err}
 		}
 		if readErr == io.EOF {
@@ -752,7 +761,9 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (beginning []byte, err
 
 // abort closes the client's connection without an end to its answer.
 func abort(w http.ResponseWriter, r *http.Request) {
-	// Without this deadline the server would first wait for the rest of a body.
+	// The server closes the connection when the body is read to its end, or fails.
+	// With a deadline in the past it fails at once, in a Read of the transport and
+	// in Close, which reads what is left.
 	http.NewResponseController(w).SetReadDeadline(time.Now())
 	r.Body.Close()
 	panic(http.ErrAbortHandler) // net/http's way to say so; it is not logged
@@ -782,14 +793,15 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	copyHeader(answer.Header, resp.Header)
 	answer.Header.Set("Connection", "Upgrade")
 	answer.Header.Set("Upgrade", "websocket")
-	answer.Write(buffered)
+	answer.Write(buffered) // for a 101 it adds no header of its own
 	if buffered.Flush() != nil {
 		return
 	}
 
 	// The server's buffer may hold the first bytes of the client. The rest is
-	// read from the connection itself: the end of the client's half, read
-	// through that buffer, would end r.Context().
+	// read from the connection itself: the server notices what is read through its
+	// buffer, and at the end of the client's half it would end r.Context(), and
+	// the tunnel with it.
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
 	ended := make(chan bool, 2)
 	go copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client), ended)
@@ -1009,7 +1021,7 @@ func (f *forwarder) explain(resp *http.Response, beginning []byte, t token) (
 		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
 	}
 	hint = remedy(resp.StatusCode, string(plain), t)
-	if !canRead && resp.StatusCode != http.StatusTooManyRequests {
+	if !canRead && resp.StatusCode != http.StatusTooManyRequests { // 429 says it all
 		hint = "the body, which says why, is compressed in a way that cannot be read here"
 	}
 	return text, f.secrets.safe(hint, maxPiece)

@@ -20,6 +20,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"go/build"
 	goversion "go/version"
 	"io"
 	"log"
@@ -623,6 +624,8 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 	tests := []struct{ name, variable, value, right string }{
 		{"target unset", "TARGET_URL", "", aBase},
 		{"target without scheme", "TARGET_URL", "b.example/openai/", aBase},
+		{"proxy with a scheme that Go 1.22 lacks", "HTTPS_PROXY", "socks5h://127.0.0.1",
+			"http://proxy.example:3128"},
 		{"target without host", "TARGET_URL", "https://:443/openai/", aBase},
 		{"target with a wrong escape", "TARGET_URL", "https://b.example/%zz-s3cret", aBase},
 		{"target with a space", "TARGET_URL", "https://b.example/ s3cret", aBase},
@@ -1036,6 +1039,35 @@ func TestTLSOffersWhatTodaysGoOffers(t *testing.T) {
 		if sha1 != old || postQuantum == old {
 			t.Errorf("GODEBUG=%s: SHA-1 is offered: %v, post-quantum key exchange: %v", godebug,
 				sha1, postQuantum)
+		}
+	}
+}
+
+// TestTLSDefaultsAreKnownToGo: Go ignores a name in GODEBUG that it does not know, and so a
+// misspelt one too.
+func TestTLSDefaultsAreKnownToGo(t *testing.T) {
+	since := map[string]int{
+		"tls3des": 23, "x509negativeserial": 23, "tlsmlkem": 24, "rsa1024min": 24, "tlssha1": 25,
+		"tlssecpmlkem": 26, "x509sslcertoverrideplatform": 27,
+	}
+	table, err := os.ReadFile(filepath.Join(build.Default.GOROOT,
+		"src/internal/godebugs/table.go"))
+	if err != nil {
+		t.Skip(err)
+	}
+	var running int // 22 for Go 1.22
+	if _, err := fmt.Sscanf(runtime.Version(), "go1.%d", &running); err != nil {
+		t.Skip(err)
+	}
+	if len(tlsDefaults) != len(since) {
+		t.Errorf("%d defaults, want %d", len(tlsDefaults), len(since))
+	}
+	for _, setting := range tlsDefaults {
+		name, _, _ := strings.Cut(setting, "=")
+		version, listed := since[name]
+		known := strings.Contains(string(table), `{Name: "`+name+`",`)
+		if !listed || running >= version && !known {
+			t.Errorf("%s: not known to %s", name, runtime.Version())
 		}
 	}
 }
@@ -2778,7 +2810,20 @@ func TestAnsweredUploadNeverLooksComplete(t *testing.T) {
 	if n, err := u.Read(make([]byte, 9)); n != 0 || err == nil || err == io.EOF {
 		t.Errorf("got %d bytes and %v, want a failure", n, err)
 	}
+
+	waiting := &upload{}
+	waiting.body = readerFunc(func([]byte) (int, error) {
+		waiting.stopped.Store(true) // as end does meanwhile, which then reads the rest
+		return 0, io.EOF
+	})
+	if n, err := waiting.Read(make([]byte, 9)); n != 0 || err == nil || err == io.EOF {
+		t.Errorf("got %d bytes and %v from a Read under way, want a failure", n, err)
+	}
 }
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 func TestRestOfABodyIsNoRequest(t *testing.T) {
 	logged := followLog(t)

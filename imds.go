@@ -3,7 +3,9 @@ package main
 // This file is about tokens, from the top down: a token; the token source,
 // which holds one and renews it in time; the identity endpoint, which the
 // environment chooses; one fetch from it, with its retries; how its answer is
-// read; and last what makes text from outside safe to show.
+// read; and last what the other files use too: why a connection failed, what
+// makes text from outside safe to show, and small questions about hosts, ports
+// and characters.
 
 import (
 	"cmp"
@@ -22,6 +24,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -144,6 +147,7 @@ func (e *noTokenError) Error() string { return e.cause.Error() }
 // wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) current(ctx context.Context) (token, error) {
 	for {
+		// turn is read together with due, so its end cannot be missed.
 		s.mu.Lock()
 		now := s.now()
 		held, failure, turn, due := s.held, s.failure, s.turn, s.isDue(now)
@@ -167,8 +171,10 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 	}
 }
 
-// isDue tells whether a fetch should begin, or is under way. Without a valid
-// token it is false only in the pause after a failure. The caller holds s.mu.
+// isDue tells whether a fetch should begin. It stays true until publish has its
+// outcome, so it is true of a fetch under way as well. Without a valid token it
+// is false only in the pause that publish sets with a failure. The caller holds
+// s.mu.
 func (s *tokenSource) isDue(now time.Time) bool {
 	if now.Before(s.quietUntil) {
 		return false
@@ -316,8 +322,10 @@ func arcFilesHere(getenv func(string) string) arcFiles {
 	if runtime.GOOS == "windows" {
 		const folder = "AzureConnectedMachineAgent"
 		return arcFiles{
-			agent: filepath.Join(getenv("ProgramFiles"), folder, "himds.exe"),
-			keys:  filepath.Join(getenv("ProgramData"), folder, "Tokens"),
+			agent: filepath.Join(cmp.Or(getenv("ProgramFiles"), `C:\Program Files`),
+				folder, "himds.exe"),
+			keys: filepath.Join(cmp.Or(getenv("ProgramData"), `C:\ProgramData`),
+				folder, "Tokens"),
 		}
 	}
 	return arcFiles{agent: "/opt/azcmagent/bin/himds", keys: "/var/opt/azcmagent/tokens"}
@@ -325,7 +333,8 @@ func arcFilesHere(getenv func(string) string) arcFiles {
 
 // requirements are variables that mean nothing unless one of some others is
 // set too. The Azure SDKs fall back to IMDS then, which fails later with less to
-// go by. newEndpoint refuses them, and so its switch need not look at both.
+// go by. newEndpoint refuses them before its switch chooses, so an
+// IDENTITY_ENDPOINT that has no IDENTITY_HEADER has an IMDS_ENDPOINT there.
 var requirements = []struct {
 	name  string
 	oneOf []string
@@ -853,7 +862,8 @@ func parseToken(body []byte, sent, endpointTime time.Time) (token, error) {
 }
 
 // scalar is a JSON string or number as text, and empty for null or a missing
-// field.
+// field. A large number comes out in a form such as 1.75e+09, which ParseFloat
+// reads.
 func scalar(value any) string {
 	if value == nil {
 		return ""
@@ -907,7 +917,8 @@ const (
 // types of error that tell of names, addresses, system calls and certificates.
 // No other error's text is shown, since net/http quotes an answer that is not
 // HTTP in some of its errors, and a token may be in there. One error may wrap
-// another; the case that says more comes first.
+// another; the case that says more comes first. An OpError has "proxyconnect" as
+// its Op if HTTPS_PROXY could not be reached.
 func explainFailure(err error) (step, reason string) {
 	var (
 		dns         *net.DNSError
@@ -1009,33 +1020,18 @@ func (s *secrets) redact(text string) string {
 	for _, secret := range s.values {
 		text = strings.ReplaceAll(text, secret.value, "REDACTED")
 	}
-	var out strings.Builder
-	for text != "" {
-		// What is left of text begins with a word, which may be empty, and
-		// characters between it and the next one.
-		rest := strings.TrimLeftFunc(text, isTokenCharacter)
-		word := strings.TrimSuffix(text, rest)
-		text = strings.TrimLeftFunc(rest, func(r rune) bool { return !isTokenCharacter(r) })
-		between := strings.TrimSuffix(rest, text)
+	return tokenWord.ReplaceAllStringFunc(text, func(word string) string {
 		if s.mayBePart(word) {
-			word = "REDACTED"
+			return "REDACTED"
 		}
-		out.WriteString(word)
-		out.WriteString(between)
-	}
-	return out.String()
+		return word
+	})
 }
 
-// isTokenCharacter tells whether a token may have r: base64url, of which a JWT
-// is made, and RFC 6750's b64token. The slash is left out, as it separates
+// tokenWord matches the characters that a token may have: base64url, of which a
+// JWT is made, and RFC 6750's b64token. The slash is left out, as it separates
 // words in a path.
-func isTokenCharacter(r rune) bool {
-	switch {
-	case 'a' <= r && r <= 'z', 'A' <= r && r <= 'Z', '0' <= r && r <= '9':
-		return true
-	}
-	return strings.ContainsRune("-._~+=", r)
-}
+var tokenWord = regexp.MustCompile(`[A-Za-z0-9._~+=-]+`)
 
 // mayBePart tells whether a word may be a part of a token. The caller holds
 // s.mu.

@@ -52,8 +52,9 @@ type variable struct {
 }
 
 // settings are the operator's. They may be in a .env file too: whoever starts
-// the program in a directory trusts the .env there with where requests go. The
-// log names what was taken from it, and the target.
+// the program in a directory trusts the .env there with where requests go, and
+// with which identity of this host. The log names what was taken from it, and
+// the target.
 var settings = []variable{
 	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
 		"https://my-aoai.openai.azure.com/openai/", nil}, // see parseTarget
@@ -71,8 +72,9 @@ var settings = []variable{
 
 // platformVariables are set by the platform, or by who runs the host. They are
 // read from the environment alone: with them a .env file, which may have come
-// with somebody's repository, could put itself between the program and the
-// target, or have it use another identity, while the target looks right.
+// with somebody's repository, could have tokens come from elsewhere, or put
+// itself between the program and the target, and nothing of that would show in
+// the target.
 var platformVariables = []variable{
 	{"IDENTITY_ENDPOINT", "set by App Service, Functions, Container Apps, Automation,\n" +
 		"Azure Arc and Service Fabric", nil},
@@ -103,7 +105,8 @@ var platformVariables = []variable{
 // 1.22", so that Go 1.22 can build this one. The price is that a newer Go keeps
 // to the defaults of 1.22, and so the newer ones are set here, each with the Go
 // version that made it the default. An older Go ignores what it does not know.
-// They are described in "Go, Backwards Compatibility, and GODEBUG".
+// They are described in "Go, Backwards Compatibility, and GODEBUG", and two
+// tests see that Go knows their names and that the handshake heeds them.
 var tlsDefaults = []string{
 	"tls3des=0",                     // 1.23: offer no 3DES
 	"x509negativeserial=0",          // 1.23: accept no certificate with a negative serial number
@@ -189,7 +192,7 @@ func printUsage(out io.Writer) {
 		"-version  print the version\n\n"+
 		"Settings, from the environment or a .env file in the working directory:\n\n")
 	printVariables(out, settings)
-	fmt.Fprint(out, "\nFrom the environment alone, as they say who is trusted with a token:\n\n")
+	fmt.Fprint(out, "\nFrom the environment alone, where the platform and the operator set them:\n\n")
 	printVariables(out, platformVariables)
 }
 
@@ -236,8 +239,10 @@ func readDotEnv(name string, getenv func(string) string) (
 	if errors.Is(err, fs.ErrNotExist) {
 		return getenv, nil, nil
 	}
+	// Python keeps environments in a directory of this name, and /dev/null is
+	// mounted over a file that a container is not to see.
 	if err == nil && (info.IsDir() || info.Mode()&fs.ModeDevice != 0) {
-		return getenv, nil, nil // Python keeps environments in such a directory
+		return getenv, nil, nil
 	}
 	text, err := os.ReadFile(name) // any other error of Stat comes up again here
 	if err != nil {
@@ -437,7 +442,9 @@ func checkScope(value string) error {
 }
 
 // checkProxy refuses a HTTPS_PROXY that cannot be read. The Go library would
-// ignore some of these and go without a proxy. Most come from a password.
+// take some of these for another host, or go without a proxy. The usual reason
+// is a password with characters that must be escaped in a URL. socks5h is not
+// among the schemes, as Go 1.22 does not know it; socks5 means the same to Go.
 func checkProxy(value string) error {
 	if value == "" {
 		return nil
@@ -446,7 +453,7 @@ func checkProxy(value string) error {
 		value = "http://" + value // as the Go library does
 	}
 	u, err := url.Parse(value)
-	schemes := []string{"http", "https", "socks5", "socks5h"}
+	schemes := []string{"http", "https", "socks5"}
 	if err != nil || !hasHost(u) || !slices.Contains(schemes, u.Scheme) ||
 		strings.Trim(u.Path+u.RawQuery+u.Fragment, "/") != "" {
 		return errors.New("not a URL of a proxy; want one such as http://proxy.example:3128 or " +
@@ -558,7 +565,8 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	}
 	if r.URL.Path == "/readyz" {
 		if _, err := s.tokens.current(r.Context()); err != nil {
-			http.Error(w, noTokenMessage(r, err, false), http.StatusServiceUnavailable)
+			const hasKey = false // a probe shows none
+			http.Error(w, noTokenMessage(r, err, hasKey), http.StatusServiceUnavailable)
 			return
 		}
 	}
@@ -597,10 +605,12 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	case <-time.After(s.drainTime):
 	}
 
-	// What still runs is broken off. Upstream requests and tunnels end with their
-	// context, and then their handlers have breakTime to end. One that is left
-	// waits for its client, to read or to send, and ends when the connection is
-	// closed. So finished is certain to come.
+	// What still runs is broken off, in two steps. With ctx end upstream requests,
+	// waits for a token and both connections of a tunnel. A handler that is still
+	// there after breakTime waits for its client to read or to send, and Close
+	// ends that. What Close does not know of, a connection that a handler has
+	// taken over from the server, is closed by that handler within lingerTime. So
+	// finished is certain to come.
 	cancel()
 	select {
 	case <-finished:
@@ -796,7 +806,7 @@ func checkRequest(target *url.URL) *http.Request {
 	}
 	u := upstreamURL(target, "/models")
 	if !strings.HasSuffix(target.Path, "/v1/") { // v1 has no versions
-		u.RawQuery = "api-version=2024-10-21"
+		u.RawQuery = "api-version=2024-10-21" // the last that is no preview
 	}
 	return &http.Request{Method: http.MethodGet, URL: u, Header: header}
 }
@@ -817,8 +827,10 @@ func (f *forwarder) judge(req *http.Request, resp *http.Response, body []byte, t
 		found.text += ": as it should of an empty object"
 		return found
 	case f.target.Path == "/models/" && status == http.StatusNotFound:
+		// Foundry's model inference has no request that uses no model.
 		found.text = asked + ": answered " + statusText(status) +
-			", as services without a list of models do"
+			", as services without a list of models do; " +
+			"whether the role is there is not shown"
 		return found
 	}
 
