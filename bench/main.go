@@ -10,10 +10,10 @@
 // send, a token has 1,500 bytes, and the upstream speaks TLS. The proxies are:
 //
 //	aoai-proxy   the real program, as make build builds it
-//	httputil     httputil.ReverseProxy that flushes at once, with the same
-//	             transport settings and a fixed token; it checks and logs
-//	             nothing, and has full duplex, without which an answer that
-//	             comes at once is lost now and then (golang/go#40747)
+//	httputil     httputil.ReverseProxy that flushes at once, built in the same
+//	             way, with the same transport settings and a fixed token; it
+//	             checks and logs nothing, and has full duplex, without which an
+//	             answer that comes at once is lost now and then (golang/go#40747)
 //	bufferpool   the same with a BufferPool
 //	direct       no proxy, the base of the delay
 //
@@ -82,15 +82,19 @@ func run(ctx context.Context, quick bool) error {
 	if runtime.GOOS != "linux" {
 		return errors.New("it reads CPU time and memory from /proc, which only Linux has")
 	}
-	size := sizes{rounds: 5, requests: 6000, paced: 150, fast: 40_000, held: 300}
+	size := sizes{rounds: 5, requests: 6400, paced: 150, fast: 40_000, held: 300}
 	if quick {
 		size = sizes{rounds: 3, requests: 1600, paced: 50, fast: 20_000, held: 100}
 	}
-	b, err := newBench(ctx, size)
+	dir, err := os.MkdirTemp("", "aoai-proxy-bench")
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(b.dir)
+	defer os.RemoveAll(dir)
+	b, err := newBench(ctx, size, dir)
+	if err != nil {
+		return err
+	}
 	fmt.Printf("%d CPUs, %s, %s\n", runtime.NumCPU(), runtime.Version(), b.version)
 
 	for round := range size.rounds {
@@ -114,7 +118,7 @@ var peers = []string{"aoai-proxy", "httputil", "bufferpool", "direct"}
 // bench is a run of the comparison.
 type bench struct {
 	size     sizes
-	dir      string // holds the binary and the upstream's certificate
+	dir      string // holds the binaries and the upstream's certificate
 	version  string // of the binary
 	upstream *httptest.Server
 	identity *httptest.Server
@@ -123,17 +127,18 @@ type bench struct {
 	figures  map[string]map[string][]float64
 }
 
-func newBench(ctx context.Context, size sizes) (*bench, error) {
-	dir, err := os.MkdirTemp("", "aoai-proxy-bench")
-	if err != nil {
-		return nil, err
-	}
+func newBench(ctx context.Context, size sizes, dir string) (*bench, error) {
 	b := &bench{size: size, dir: dir, figures: make(map[string]map[string][]float64)}
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", b.binary(), "aoai-proxy")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		os.RemoveAll(dir)
-		return nil, fmt.Errorf("building the proxy (run it in a checkout): %w\n%s", err, out)
+	// The peers are this program, built as the proxy is.
+	for binary, name := range map[string]string{
+		b.binary():     "aoai-proxy",
+		b.peerBinary(): "aoai-proxy/bench",
+	} {
+		build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", binary, name)
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("building %s (run it in a checkout): %w\n%s", name, err, out)
+		}
 	}
 	out, _ := exec.CommandContext(ctx, b.binary(), "-version").Output()
 	b.version = strings.TrimSpace(string(out))
@@ -145,8 +150,9 @@ func newBench(ctx context.Context, size sizes) (*bench, error) {
 	return b, os.WriteFile(b.caFile(), pem.EncodeToMemory(block), 0o600)
 }
 
-func (b *bench) binary() string { return filepath.Join(b.dir, "aoai-proxy") }
-func (b *bench) caFile() string { return filepath.Join(b.dir, "ca.pem") }
+func (b *bench) binary() string     { return filepath.Join(b.dir, "aoai-proxy") }
+func (b *bench) peerBinary() string { return filepath.Join(b.dir, "peer") }
+func (b *bench) caFile() string     { return filepath.Join(b.dir, "ca.pem") }
 
 // The measures, in the order of the table.
 const (
@@ -200,6 +206,9 @@ func (b *bench) measure(ctx context.Context, name string) error {
 		})
 		if err != nil {
 			return err
+		}
+		if cpu <= 0 {
+			return errors.New("/proc tells no CPU time of it")
 		}
 		b.add(load.measure, name, microseconds(cpu)/float64(b.size.requests))
 	}
@@ -259,18 +268,19 @@ func (b *bench) readFast(ctx context.Context, p *peer) error {
 func (b *bench) pacedDelays(ctx context.Context, p *peer) ([]time.Duration, error) {
 	var delays []time.Duration
 	read := func(body io.Reader) ([]byte, error) {
-		for lines := bufio.NewScanner(body); lines.Scan(); {
+		lines := bufio.NewScanner(body)
+		for lines.Scan() {
 			text, isEvent := strings.CutPrefix(lines.Text(), "data: ")
 			if !isEvent {
 				continue
 			}
-			sent, err := strconv.ParseInt(text[:19], 10, 64)
+			sent, err := strconv.ParseInt(text[:min(19, len(text))], 10, 64)
 			if err != nil {
 				return nil, err
 			}
 			delays = append(delays, time.Duration(time.Now().UnixNano()-sent))
 		}
-		return nil, nil
+		return nil, lines.Err()
 	}
 	if _, err := p.post(ctx, "paced", prompt(2<<10), read); err != nil {
 		return nil, err
@@ -320,14 +330,14 @@ func (b *bench) held(ctx context.Context, measure, name string, bytes int) error
 		all.Add(1)
 		go func() {
 			defer all.Done()
-			first := true
+			reported := false
 			_, err := p.post(ctx, "held", prompt(bytes), func(body io.Reader) ([]byte, error) {
 				_, err := io.ReadFull(body, make([]byte, len(event("held"))))
 				opened <- err
-				first = false
+				reported = true
 				return io.ReadAll(body)
 			})
-			if first {
+			if !reported {
 				opened <- err
 			}
 		}()
@@ -336,9 +346,12 @@ func (b *bench) held(ctx context.Context, measure, name string, bytes int) error
 		err = errors.Join(err, <-opened)
 	}
 	time.Sleep(300 * time.Millisecond) // for what is freed to be given back
-	b.add(measure, name, float64(p.resident()-before)/1024/float64(b.size.held))
+	after := p.resident()
 	close(b.release)
 	all.Wait()
+	if err == nil {
+		b.add(measure, name, float64(after-before)/1024/float64(b.size.held))
+	}
 	return err
 }
 
@@ -382,7 +395,7 @@ func (b *bench) start(ctx context.Context, name string, env ...string) (*peer, e
 	}
 	program := b.binary()
 	if name != "aoai-proxy" {
-		program, _ = os.Executable()
+		program = b.peerBinary()
 		env = append(env, peerVariable+"="+name)
 	}
 	p.cmd = exec.CommandContext(ctx, program)
@@ -419,7 +432,7 @@ func (p *peer) stop() {
 	}
 }
 
-// post sends a prompt, has read read the answer, and returns what that does.
+// post sends a prompt, and returns what read makes of the answer.
 func (p *peer) post(ctx context.Context, behaviour string, body []byte,
 	read func(io.Reader) ([]byte, error)) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost,
@@ -491,6 +504,8 @@ func servePeer(pooled bool) error {
 			MaxIdleConnsPerHost: 1024,
 			IdleConnTimeout:     time.Minute,
 			DisableCompression:  true,
+			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			WriteBufferSize:     16 << 10,
 		},
 		FlushInterval: -1,
 	}

@@ -5,13 +5,14 @@
 //
 // It starts a stand-in for Azure on loopback ports, builds the real program,
 // starts it in front of the stand-in, has one chat through it, and prints lines
-// to paste into another terminal. PORT and EXPECTED_KEY are the proxy's own.
-// Ctrl-C ends it; what it made is gone then.
+// to paste into another terminal. The proxy's PORT and EXPECTED_KEY may be set.
+// Ctrl-C ends it, and what it made is gone then. (go run passes no other signal
+// on: a kill has to go to the demo itself.)
 //
 // The stand-in is an identity endpoint (IMDS), which gives tokens, and an Azure
 // OpenAI resource, which accepts nothing else: models, chat completions and
-// responses, embeddings and a realtime WebSocket that echoes. It says one
-// sentence and knows no other.
+// responses, embeddings and a realtime WebSocket that echoes. Each answer is
+// the same sentence.
 package main
 
 import (
@@ -41,7 +42,13 @@ import (
 func main() {
 	once := flag.Bool("once", false, "check the answers and end")
 	flag.Parse()
-	if err := run(*once); err != nil {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := run(ctx, *once)
+	if ctx.Err() != nil {
+		return // Ctrl-C, and what failed by it
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -50,11 +57,10 @@ func main() {
 // onceTime bounds -once, the build of the proxy included.
 const onceTime = 3 * time.Minute
 
-func run(once bool) error {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+func run(ctx context.Context, once bool) error {
 	settings := map[string]string{
 		"PORT":            os.Getenv("PORT"),
+		"HOST":            "127.0.0.1",
 		"EXPECTED_KEY":    os.Getenv("EXPECTED_KEY"),
 		"AZURE_LOG_LEVEL": "debug",
 	}
@@ -63,7 +69,7 @@ func run(once bool) error {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, onceTime)
 		defer cancel()
-		settings["PORT"], settings["HOST"], settings["EXPECTED_KEY"] = "0", "127.0.0.1", "the-key"
+		settings["PORT"], settings["EXPECTED_KEY"] = "0", "the-key"
 		azure.pause = 0
 	}
 
@@ -93,7 +99,7 @@ func run(once bool) error {
 	if err := client.showChat(ctx); err != nil {
 		return err
 	}
-	fmt.Printf(pasteLines, p.url, client.key)
+	fmt.Printf(pasteLines, p.url, quoted(client.key), quoted("api-key: "+client.key))
 	select {
 	case <-ctx.Done():
 		return nil
@@ -102,12 +108,18 @@ func run(once bool) error {
 	}
 }
 
-// pasteLines are for other clients; 1 is the proxy's URL and 2 its key.
+// quoted is text as one word of a shell.
+func quoted(text string) string {
+	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
+}
+
+// pasteLines are for other clients; 1 is the proxy's URL, 2 its key, and 3 the
+// header with the key.
 const pasteLines = `
 The proxy is up until Ctrl-C. Paste into another terminal:
 
 curl:
-    curl -N %[1]s/v1/chat/completions -H 'api-key: %[2]s' -H 'Content-Type: application/json' \
+    curl -N %[1]s/v1/chat/completions -H %[3]s -H 'Content-Type: application/json' \
       -d '{"model":"gpt-4o","stream":true,"messages":[{"role":"user","content":"Who are you?"}]}'
 
 OpenAI SDK (npm install openai):
@@ -148,10 +160,6 @@ type proxy struct {
 // what a system needs, so that neither a .env file nor a proxy of the user's
 // comes between.
 func startProxy(ctx context.Context, settings map[string]string) (*proxy, error) {
-	root, err := moduleRoot(ctx)
-	if err != nil {
-		return nil, err
-	}
 	dir, err := os.MkdirTemp("", "aoai-proxy-demo")
 	if err != nil {
 		return nil, err
@@ -161,11 +169,10 @@ func startProxy(ctx context.Context, settings map[string]string) (*proxy, error)
 	if runtime.GOOS == "windows" {
 		binary += ".exe"
 	}
-	build := exec.CommandContext(ctx, "go", "build", "-o", binary, ".")
-	build.Dir = root
+	build := exec.CommandContext(ctx, "go", "build", "-o", binary, "aoai-proxy")
 	if out, err := build.CombinedOutput(); err != nil {
 		os.RemoveAll(dir)
-		return nil, fmt.Errorf("building the proxy: %w\n%s", err, out)
+		return nil, fmt.Errorf("building the proxy (run it in a checkout): %w\n%s", err, out)
 	}
 
 	p.cmd = exec.Command(binary)
@@ -198,17 +205,6 @@ func startProxy(ctx context.Context, settings map[string]string) (*proxy, error)
 		p.stop()
 		return nil, errors.New("the proxy does not listen")
 	}
-}
-
-// moduleRoot is the directory of aoai-proxy's go.mod.
-func moduleRoot(ctx context.Context) (string, error) {
-	const format = "{{if .Main}}{{.Path}} {{.Dir}}{{end}}"
-	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", format).Output()
-	dir, ok := strings.CutPrefix(strings.TrimSpace(string(out)), "aoai-proxy ")
-	if err != nil || !ok {
-		return "", errors.New("run it in a checkout of aoai-proxy")
-	}
-	return dir, nil
 }
 
 // follow copies the proxy's log to standard error, and finds in it the address
@@ -281,8 +277,8 @@ func (c *client) showChat(ctx context.Context) error {
 	return err
 }
 
-// chat has one streamed chat, and calls heard with each piece of the answer.
-func (c *client) chat(ctx context.Context, path string, heard func(string)) (string, error) {
+// chat streams one chat completion, and calls onText with each piece of it.
+func (c *client) chat(ctx context.Context, path string, onText func(string)) (string, error) {
 	resp, err := c.post(ctx, path, chatBody)
 	if err != nil {
 		return "", err
@@ -293,17 +289,18 @@ func (c *client) chat(ctx context.Context, path string, heard func(string)) (str
 		return "", fmt.Errorf("%s: %s", resp.Status, body)
 	}
 	var text strings.Builder
-	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
 		data, _ := strings.CutPrefix(lines.Text(), "data: ")
 		var chunk struct {
 			Choices []struct{ Delta struct{ Content string } }
 		}
 		if json.Unmarshal([]byte(data), &chunk) == nil && len(chunk.Choices) > 0 {
-			heard(chunk.Choices[0].Delta.Content)
+			onText(chunk.Choices[0].Delta.Content)
 			text.WriteString(chunk.Choices[0].Delta.Content)
 		}
 	}
-	return text.String(), nil
+	return text.String(), lines.Err()
 }
 
 // check is -once: it tries each kind of answer, and a wrong key.
@@ -590,11 +587,15 @@ func realtime(w http.ResponseWriter, r *http.Request) {
 		`"session":{"id":"sess_demo","object":"realtime.session"}}`))
 	for {
 		opcode, payload, err := readFrame(buffered.Reader)
-		if err != nil || opcode == 8 { // 8 is a Close frame
+		switch {
+		case err != nil || opcode == 8: // a Close frame
 			writeFrame(conn, 8, nil)
 			return
+		case opcode == 9: // a Ping, which a Pong answers
+			writeFrame(conn, 10, payload)
+		case opcode != 10:
+			writeFrame(conn, opcode, payload)
 		}
-		writeFrame(conn, opcode, payload)
 	}
 }
 
@@ -607,13 +608,16 @@ func writeFrame(w io.Writer, opcode byte, payload []byte) {
 	w.Write(append(head, payload...))
 }
 
-// readFrame reads a frame, masked or not, of up to 64 KiB.
+// readFrame reads a frame, masked or not, of up to 64 KiB, which is a message.
 func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
 	var head [2]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return 0, nil, err
 	}
 	length := int(head[1] & 0x7f)
+	if head[0]&0x80 == 0 || length == 127 {
+		return 0, nil, errors.New("a part of a message, or a longer one")
+	}
 	if length == 126 {
 		var long [2]byte
 		if _, err := io.ReadFull(r, long[:]); err != nil {
