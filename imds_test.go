@@ -1024,8 +1024,15 @@ func TestFetchIsBounded(t *testing.T) {
 		}
 		return request(ctx)
 	}
-	tokens := runTokens(t, s.fetch, c.now)
+	pause := s.sleep
+	s.sleep = func(ctx context.Context, d time.Duration) {
+		if !within(ctx, fetchTime) {
+			t.Error("a fetch has no deadline")
+		}
+		pause(ctx, d)
+	}
 	followLog(t)
+	tokens := runTokens(t, s.fetch, c.now)
 	wantToken(t, tokens, "")
 	var total time.Duration
 	for _, pause := range c.pauses {
@@ -1123,11 +1130,15 @@ func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
 func TestRedirectsAreNotFollowed(t *testing.T) {
 	elsewhere := newFakeIdentity(t)
 	for _, env := range []string{imdsEnv, appServiceEnv, "MSI_ENDPOINT=URL/cs"} {
-		for _, status := range []int{301, 302, 303, 307, 308} {
+		for status, location := range map[int]string{
+			301: elsewhere.URL, 302: elsewhere.URL, 303: elsewhere.URL, 307: elsewhere.URL,
+			308: elsewhere.URL, 300: "http://%zz/", // which is no URL
+		} {
 			f := newFakeIdentity(t)
 			s, _ := newTestEndpoint(t, f, env, "")
 			f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-				http.Redirect(w, r, elsewhere.URL, status)
+				w.Header().Set("Location", location)
+				w.WriteHeader(status)
 			})
 			_, failure := s.fetch(context.Background())
 			if failure == nil || willRetry(failure) ||
@@ -1138,19 +1149,6 @@ func TestRedirectsAreNotFollowed(t *testing.T) {
 		}
 	}
 	elsewhere.wantFetches(t, 0)
-}
-
-func TestRedirectThatCannotBeReadFailsAtOnce(t *testing.T) {
-	f := newFakeIdentity(t)
-	s, _ := newTestEndpoint(t, f, imdsEnv, "")
-	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Location", "http://%zz/")
-		w.WriteHeader(http.StatusFound)
-	})
-	_, failure := s.fetch(context.Background())
-	if willRetry(failure) {
-		t.Errorf("got %v", failure)
-	}
 }
 
 func TestEndlessAnswerIsCut(t *testing.T) {
@@ -1423,23 +1421,6 @@ func TestArcAnswerWithoutChallengeIsNotEchoed(t *testing.T) {
 	}
 }
 
-func TestWhatIsNotHTTPIsNotEchoed(t *testing.T) {
-	f := newFakeIdentity(t)
-	s, _ := newTestEndpoint(t, f, imdsEnv, "")
-	for name, text := range map[string]string{
-		"no status line": "{\"access_token\": \"LEAK\"}\r\n\r\n",
-		"no blank line":  "HTTP/1.1 200 OK\r\n{\"access_token\" \"LEAK\"}\r\n\r\n",
-		"length":         "HTTP/1.1 200 OK\r\nContent-Length: LEAK\r\n\r\n",
-		"framing":        "HTTP/1.1 200 OK\r\nTransfer-Encoding: LEAK\r\n\r\n",
-	} {
-		f.answerWith(answerRaw(text))
-		if _, failure := s.fetch(context.Background()); failure == nil ||
-			strings.Contains(failure.Error(), "LEAK") {
-			t.Errorf("%s: got %v", name, failure)
-		}
-	}
-}
-
 // TestHeldTokenAndKeyStayOutOfAFailure: the endpoint may repeat what it gave before, or half of it.
 func TestHeldTokenAndKeyStayOutOfAFailure(t *testing.T) {
 	log := followLog(t)
@@ -1468,8 +1449,10 @@ func TestHeldTokenAndKeyStayOutOfAFailure(t *testing.T) {
 func TestSecretIsRedactedBeforeWordsAreCut(t *testing.T) {
 	f := newFakeIdentity(t)
 	s, _ := newTestEndpoint(t, f, appServiceEnv, "")
-	f.answerWith(refuse(400, "", strings.Repeat("x", 495)+"s3cret"))
-	if _, failure := s.fetch(context.Background()); strings.Contains(failure.Error(), "s3cre") {
+	// The secret lies across the limit, which "answered 400: " comes before.
+	f.answerWith(refuse(400, "", strings.Repeat("x ", (maxPiece-18)/2)+"s3cret"))
+	_, failure := s.fetch(context.Background())
+	if text := failure.Error(); strings.Contains(text, "s3c") || !strings.Contains(text, "x RED") {
 		t.Errorf("got %v", failure)
 	}
 }
@@ -1488,7 +1471,9 @@ func TestArcKeyAndAssertionAreRedacted(t *testing.T) {
 		}
 		http.Error(w, "bad key "+r.Header.Get("Authorization"), 400)
 	})
-	if _, failure := s.fetch(context.Background()); strings.Contains(failure.Error(), "K3Y") {
+	_, failure := s.fetch(context.Background())
+	if text := failure.Error(); strings.Contains(text, "K3Y") ||
+		!strings.Contains(text, "bad key Basic REDACTED") {
 		t.Errorf("arc: got %v", failure)
 	}
 	file := filepath.Join(t.TempDir(), "federated")
@@ -1497,7 +1482,9 @@ func TestArcKeyAndAssertionAreRedacted(t *testing.T) {
 	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "bad assertion "+r.FormValue("client_assertion"), 400)
 	})
-	if _, failure := s.fetch(context.Background()); strings.Contains(failure.Error(), "s1g") {
+	_, failure = s.fetch(context.Background())
+	if text := failure.Error(); strings.Contains(text, "s1g") ||
+		!strings.Contains(text, "bad assertion REDACTED") {
 		t.Errorf("workload: got %v", failure)
 	}
 }
@@ -1505,20 +1492,16 @@ func TestArcKeyAndAssertionAreRedacted(t *testing.T) {
 func TestErrorIsBounded(t *testing.T) {
 	f := newFakeIdentity(t)
 	s, _ := newTestEndpoint(t, f, imdsEnv, "")
+	words := strings.Repeat("x ", 50_000)
 	for name, answer := range map[string]http.HandlerFunc{
-		"content type": func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Type", strings.Repeat("x", 100_000))
+		"content type": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", words)
 		},
-		"location": func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Location", "http://%zz/"+strings.Repeat("x", 100_000))
-			w.WriteHeader(http.StatusFound)
-		},
-		"header line": answerRaw("HTTP/1.1 200 OK\r\n" + strings.Repeat("x", 100_000) + "\r\n\r\n"),
-		"status line": answerRaw(strings.Repeat("x", 100_000) + "\r\n\r\n"),
+		"body": refuse(400, "", words),
 	} {
 		f.answerWith(answer)
 		_, failure := s.fetch(context.Background())
-		if len(failure.Error()) > 1000 {
+		if n := len(failure.Error()); n < maxPiece || n > maxPiece+200 {
 			t.Errorf("%s: %d bytes", name, len(failure.Error()))
 		}
 	}
