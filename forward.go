@@ -288,7 +288,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(resp.StatusCode)
 	beginning, err := copyBody(w, resp)
 	if resp.StatusCode >= 400 {
-		f.logProblem(r, req, resp, start, withHint(f.explain(resp, beginning, t)))
+		f.logProblem(r, req, resp, start, withHint(f.explain(req, resp, beginning, t)))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
@@ -948,6 +948,12 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
+	// The SDKs of OpenAI and Anthropic heed this header. Without it Claude Code
+	// repeats a request with a wrong key for minutes, and says nothing meanwhile.
+	// Only a body that was incomplete may arrive the next time.
+	if e.status < 500 && e.status != http.StatusRequestTimeout {
+		w.Header().Set("X-Should-Retry", "false")
+	}
 	w.WriteHeader(e.status)
 	io.WriteString(w, body)
 	if r.ContentLength == 0 {
@@ -1009,8 +1015,8 @@ func (f *forwarder) isProxied() bool {
 	return err == nil && proxy != nil
 }
 
-// explain says what a refusal means, and what to do about it.
-func (f *forwarder) explain(resp *http.Response, beginning []byte, t token) (
+// explain says what the answer to req, a refusal, means, and what to do about it.
+func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []byte, t token) (
 	text, hint string) {
 	plain, canRead := unpacked(beginning, resp.Header.Get("Content-Encoding"))
 	text = "answered " + statusText(resp.StatusCode)
@@ -1020,7 +1026,7 @@ func (f *forwarder) explain(resp *http.Response, beginning []byte, t token) (
 	if after := resp.Header.Get("Retry-After"); after != "" {
 		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
 	}
-	hint = remedy(resp.StatusCode, string(plain), t)
+	hint = remedy(req.URL.Opaque, resp.StatusCode, string(plain), t)
 	if !canRead && resp.StatusCode != http.StatusTooManyRequests { // 429 says it all
 		hint = "the body, which says why, is compressed in a way that cannot be read here"
 	}
@@ -1085,11 +1091,22 @@ func identifier(value any) string {
 	return text
 }
 
-// roleName is the role that lets an identity use the models of a resource.
-const roleName = "Cognitive Services OpenAI User"
+// roleFor is the role that lets an identity use what is under a path of a
+// resource ("Role-based access control for Azure OpenAI" and "for Microsoft
+// Foundry").
+func roleFor(path string) string {
+	switch {
+	case strings.HasPrefix(path, "/api/projects/"):
+		return "Azure AI User"
+	case strings.HasPrefix(path, "/anthropic/"), strings.HasPrefix(path, "/models/"):
+		return "Cognitive Services User"
+	}
+	return "Cognitive Services OpenAI User"
+}
 
-// remedy says what to do about a usual refusal of a request with the token t.
-func remedy(status int, body string, t token) string {
+// remedy says what to do about a usual refusal of a request for path with the
+// token t.
+func remedy(path string, status int, body string, t token) string {
 	body = strings.ToLower(body)
 	says := func(text string) bool { return strings.Contains(body, text) }
 	unauthorized := status == http.StatusUnauthorized
@@ -1114,7 +1131,7 @@ func remedy(status int, body string, t token) string {
 		return "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
 	case unauthorized || forbidden && says("permission"):
-		return "the identity with object id " + c.Object + " lacks the role " + roleName +
+		return "the identity with object id " + c.Object + " lacks the role " + roleFor(path) +
 			" on the resource (a new assignment takes minutes to work)"
 	case forbidden:
 		return "a policy or network rule of the resource, or of a gateway before it, refuses this"

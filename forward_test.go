@@ -1613,6 +1613,15 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			[]string{"FAIL  upstream: ", "object id " + object +
 				" lacks the role Cognitive Services OpenAI User", "takes minutes", role +
 				object + " ", `--role "Cognitive Services OpenAI User"`}},
+		{"role for Claude missing", upstream.URL + "/anthropic/", token,
+			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
+				" lacks the role Cognitive Services User", role + object, `--role "Cognitive Services User"`}},
+		{"role for Foundry's models missing", upstream.URL + "/models/", token,
+			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
+				" lacks the role Cognitive Services User", role + object, `--role "Cognitive Services User"`}},
+		{"role for a project missing", upstream.URL + "/api/projects/p/openai/v1/", token,
+			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
+				" lacks the role Azure AI User", role + object, `--role "Azure AI User"`}},
 		{"role missing, in other words", target, token,
 			said(401, "PermissionDenied", "The principal `"+object+"` lacks the required data "+
 				"action"), []string{"FAIL  upstream: ", role + object}},
@@ -1788,7 +1797,8 @@ func TestKeyIsCheckedAndStaysHere(t *testing.T) {
 						answer.Error.Code != "invalid_api_key" ||
 						!strings.Contains(body, `"param":null`) ||
 						resp.ContentLength != int64(len(body)) ||
-						resp.Header.Get("WWW-Authenticate") == "" {
+						resp.Header.Get("WWW-Authenticate") == "" ||
+						resp.Header.Get("X-Should-Retry") != "false" {
 						t.Errorf("got %v %s, want an error in OpenAI's form", resp.Header, body)
 					}
 					return
@@ -2142,7 +2152,7 @@ func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
 	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
 	got, err := io.ReadAll(r)
 	if !strings.HasPrefix(string(got), "HTTP/1.1 408 ") || errors.Is(err, os.ErrDeadlineExceeded) ||
-		len(upstream.seen) > 0 {
+		strings.Contains(string(got), "X-Should-Retry") || len(upstream.seen) > 0 {
 		t.Errorf("got %q, %v and %d requests upstream; want 408 and the connection closed", got,
 			err, len(upstream.seen))
 	}
@@ -3384,7 +3394,8 @@ func TestUpstreamHints(t *testing.T) {
 		if tt.status == 429 {
 			resp.Header.Set("Retry-After", "7")
 		}
-		if got := withHint(f.explain(resp, []byte(tt.answer),
+		req := &http.Request{URL: &url.URL{Opaque: "/openai/v1/models"}}
+		if got := withHint(f.explain(req, resp, []byte(tt.answer),
 			token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
 			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
 		}

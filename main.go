@@ -814,7 +814,7 @@ func checkRequest(target *url.URL) *http.Request {
 // judge tells whether resp is the right answer to checkRequest's request.
 func (f *forwarder) judge(req *http.Request, resp *http.Response, body []byte, t token) finding {
 	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
-	text, hint := f.explain(resp, body, t)
+	text, hint := f.explain(req, resp, body, t)
 	plain, _ := unpacked(body, resp.Header.Get("Content-Encoding"))
 	found := finding{step: "upstream", text: asked + ": " + text}
 
@@ -842,15 +842,16 @@ func (f *forwarder) judge(req *http.Request, resp *http.Response, body []byte, t
 	if len(plain) > 0 {
 		found.below = append(found.below, "it says: "+f.secrets.safe(string(plain), maxPiece))
 	}
-	if strings.Contains(hint, roleName) {
-		found.below = append(found.below, roleCommand(t.claims().Object, req.URL.Hostname())...)
+	if role := roleFor(req.URL.Opaque); strings.Contains(hint, role) {
+		found.below = append(found.below,
+			roleCommand(role, t.claims().Object, req.URL.Hostname())...)
 	}
 	return found
 }
 
-// roleCommand gives the identity its role on the resource whose host this is.
-// It is for pasting into a shell, so both must look like what they should be.
-func roleCommand(object, host string) []string {
+// roleCommand gives the identity a role on the resource whose host this is. It is
+// for pasting into a shell, so object and host must look like what they should be.
+func roleCommand(role, object, host string) []string {
 	resource, _, _ := strings.Cut(host, ".")
 	const plain = letters + digits + "-"
 	if len(object) != len("00000000-0000-0000-0000-000000000000") ||
@@ -859,7 +860,7 @@ func roleCommand(object, host string) []string {
 	}
 	return []string{
 		`az role assignment create --assignee-object-id ` + object + ` \`,
-		`  --assignee-principal-type ServicePrincipal --role "` + roleName + `" \`,
+		`  --assignee-principal-type ServicePrincipal --role "` + role + `" \`,
 		`  --scope "$(az cognitiveservices account list \`,
 		`  --query "[?properties.customSubDomainName=='` + resource + `'].id" --output tsv)"`,
 	}
