@@ -160,30 +160,57 @@ const earlyAnswerTime = 250 * time.Millisecond
 // maxBeginning is how much of a refusal, in bytes, is looked at to explain it.
 const maxBeginning = 16 << 10
 
+// targets are the base URLs of the upstream, one at least and all of one host.
+type targets []*url.URL
+
+func (t targets) String() string {
+	var texts []string
+	for _, u := range t {
+		texts = append(texts, u.String())
+	}
+	return strings.Join(texts, " ")
+}
+
+// lastSegment is what a base URL's path ends in: "openai".
+func lastSegment(u *url.URL) string {
+	segments := strings.Split(strings.Trim(u.EscapedPath(), "/"), "/")
+	return segments[len(segments)-1]
+}
+
+// clientURL is the base URL, without /v1, that a client of the proxy at base
+// needs for the target i: "http://localhost:8081/anthropic".
+func (t targets) clientURL(i int, base string) string {
+	if i == 0 {
+		return base
+	}
+	return base + "/" + lastSegment(t[i])
+}
+
 // forwarder sends requests to the upstream, with a token in the place of the
 // client's credentials.
 type forwarder struct {
-	target    *url.URL // "https://my-aoai.openai.azure.com/openai/"
-	key       string   // what clients must present; empty for nothing
+	targets   targets // "https://my-aoai.openai.azure.com/openai/"
+	key       string  // what clients must present; empty for nothing
 	tokens    *tokenSource
 	secrets   *secrets
+	debug     bool // AZURE_LOG_LEVEL=debug
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
 	endTime   time.Duration // for one direction of a tunnel to end after the other
 	streams   atomic.Int64  // requests and tunnels under way
 }
 
-func newForwarder(target *url.URL, key string, tokens *tokenSource, hidden *secrets) *forwarder {
+func newForwarder(to targets, key string, tokens *tokenSource, hidden *secrets) *forwarder {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &forwarder{
-		target:   target,
+		targets:  to,
 		key:      key,
 		tokens:   tokens,
 		secrets:  hidden,
 		bodyTime: time.Minute,
 		endTime:  time.Minute,
 		transport: &http.Transport{
-			Proxy: proxyTo(target),
+			Proxy: proxyTo(to[0]),
 			// The transport's own error would not say that the proxy refused.
 			OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request,
 				resp *http.Response) error {
@@ -259,6 +286,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		req = body.withEarlyAnswer(req)
 	}
 	resp, err := f.transport.RoundTrip(req)
+	waited := time.Since(start)
 	if err == nil {
 		defer resp.Body.Close()
 	}
@@ -278,7 +306,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	// Copy the answer.
 	if resp.StatusCode == http.StatusSwitchingProtocols {
-		f.tunnel(w, r, resp)
+		sent, received := f.tunnel(w, r, resp)
+		f.logAnswer(r, resp, start, waited, sent, received)
 		return
 	}
 	copyHeader(w.Header(), resp.Header)
@@ -286,9 +315,15 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 	}
 	w.WriteHeader(resp.StatusCode)
-	beginning, err := copyBody(w, resp)
+	received, beginning, err := copyBody(w, resp)
+	sent := r.ContentLength
+	if streamed {
+		sent = body.sent.Load()
+	}
+	f.logAnswer(r, resp, start, waited, sent, received)
 	if resp.StatusCode >= 400 {
-		f.logProblem(r, req, resp, start, withHint(f.explain(req, resp, beginning, t)))
+		base := "http://" + cmp.Or(r.Host, "HOST:PORT") // as this client calls the proxy
+		f.logProblem(r, req, resp, start, withHint(f.explain(req, resp, beginning, base, t)))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
@@ -463,7 +498,7 @@ func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgr
 	path, _, _ := strings.Cut(r.RequestURI, "?")
 	req := &http.Request{
 		Method:        r.Method,
-		URL:           upstreamURL(f.target, path),
+		URL:           upstreamURL(f.targets, path),
 		Header:        upstreamHeader(r.Header, upgrade),
 		ContentLength: r.ContentLength,
 	}
@@ -499,34 +534,47 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 	return body, err
 }
 
-// upstreamURL is where a request for path goes: TARGET_URL's path, then path.
-// What the end of the one and the beginning of the other share counts once, as
-// many clients add /openai by themselves. Empty segments at the joint, from a
-// base URL with a final slash, are dropped: the service has none.
+// upstreamURL is where a request for path goes: a target's path, then path. What
+// the end of the one and the beginning of the other share counts once, as many
+// clients add /openai by themselves. It also chooses the target: the one that
+// shares most, and the first if none shares anything. Empty segments at the
+// joint, from a base URL with a final slash, are dropped: the service has none.
 //
-//	TARGET_URL     path                   goes to
-//	…/openai/      /v1/responses          /openai/v1/responses
-//	…/openai/      /openai/v1/responses   /openai/v1/responses
-//	…/openai/v1/   /v1/responses          /openai/v1/responses
-//	…/openai/v1/   /v1                    /openai/v1/
-//	…/openai/      //v1/responses         /openai/v1/responses
+//	targets                    path                   goes to
+//	…/openai/                  /v1/responses          /openai/v1/responses
+//	…/openai/                  /openai/v1/responses   /openai/v1/responses
+//	…/openai/                  //v1/responses         /openai/v1/responses
+//	…/openai/v1/               /v1/responses          /openai/v1/responses
+//	…/openai/v1/               /v1                    /openai/v1/
+//	…/openai/ …/anthropic/     /anthropic/v1/messages /anthropic/v1/messages
+//	…/openai/ …/anthropic/     /v1/messages           /openai/v1/messages
 //
 // Both paths keep their escapes.
-func upstreamURL(target *url.URL, path string) *url.URL {
-	base := target.EscapedPath()
-	end := strings.Split(strings.Trim(base, "/"), "/")
+func upstreamURL(to targets, path string) *url.URL {
 	segments := strings.Split(strings.TrimLeft(path, "/"), "/")
-	for n := min(len(end), len(segments)); n > 0; n-- {
-		if slices.Equal(end[len(end)-n:], segments[:n]) { // n segments are shared
-			segments = segments[n:]
-			break
+	target, most := to[0], 0
+	for _, u := range to {
+		if n := shared(u, segments); n > most {
+			target, most = u, n
 		}
 	}
-	path = strings.TrimLeft(strings.Join(segments, "/"), "/")
+	rest := strings.TrimLeft(strings.Join(segments[most:], "/"), "/")
 	// Opaque is sent as it is, without another round of escaping. With two
 	// slashes in front it would be taken for a host and a path.
-	opaque := "/" + strings.TrimLeft(base+path, "/")
+	opaque := "/" + strings.TrimLeft(target.EscapedPath()+rest, "/")
 	return &url.URL{Scheme: target.Scheme, Host: target.Host, Opaque: opaque}
+}
+
+// shared is how many segments the target's path ends in that a request's path
+// begins with.
+func shared(target *url.URL, segments []string) int {
+	end := strings.Split(strings.Trim(target.EscapedPath(), "/"), "/")
+	for n := min(len(end), len(segments)); n > 0; n-- {
+		if slices.Equal(end[len(end)-n:], segments[:n]) {
+			return n
+		}
+	}
+	return 0
 }
 
 // upstreamHeader is the header of a request as it goes upstream.
@@ -592,8 +640,9 @@ func cutCredentials(query string) string {
 // upload is a request body that is streamed.
 type upload struct {
 	body    io.Reader
-	failed  atomic.Bool // the client did not send it whole
-	stopped atomic.Bool // the answer is over: no more goes upstream, not even the end
+	sent    atomic.Int64 // bytes
+	failed  atomic.Bool  // the client did not send it whole
+	stopped atomic.Bool  // the answer is over: no more goes upstream, not even the end
 }
 
 func (u *upload) Read(p []byte) (int, error) {
@@ -607,6 +656,7 @@ func (u *upload) Read(p []byte) (int, error) {
 	if err != nil && err != io.EOF {
 		u.failed.Store(true)
 	}
+	u.sent.Add(int64(n))
 	return n, err
 }
 
@@ -679,7 +729,7 @@ func (f *forwarder) noAnswer(r *http.Request, body *upload, resp *http.Response,
 	if upgrade && canWrite && strings.EqualFold(resp.Header.Get("Upgrade"), "websocket") {
 		return nil
 	}
-	return unreachable("no answer from " + f.target.Host + ": unexpected status " +
+	return unreachable("no answer from " + f.targets[0].Host + ": unexpected status " +
 		statusText(resp.StatusCode))
 }
 
@@ -720,8 +770,10 @@ var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
 const bulkAnswer = 64 << 10
 
 // copyBody passes an answer's body on: what is read is written and flushed at
-// once. It returns the beginning of a refusal, to be explained in the log.
-func copyBody(w http.ResponseWriter, resp *http.Response) (beginning []byte, err error) {
+// once. It returns how many bytes came, and the beginning of a refusal, to be
+// explained in the log.
+func copyBody(w http.ResponseWriter, resp *http.Response) (
+	received int64, beginning []byte, err error) {
 	var buf []byte
 	if resp.ContentLength >= bulkAnswer {
 		buf = make([]byte, 32<<10)
@@ -736,25 +788,26 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (beginning []byte, err
 	client := http.NewResponseController(w)
 	if resp.ContentLength < 0 {
 		if err := client.Flush(); err != nil {
-			return nil, clientError{err}
+			return 0, nil, clientError{err}
 		}
 	}
 	for {
 		n, readErr := resp.Body.Read(buf)
+		received += int64(n)
 		if resp.StatusCode >= 400 {
 			beginning = append(beginning, buf[:min(n, maxBeginning-len(beginning))]...)
 		}
 		if _, err := w.Write(buf[:n]); err != nil { // of nothing, it does nothing
-			return beginning, clientError{err}
+			return received, beginning, clientError{err}
 		}
 		if readErr == io.EOF {
-			return beginning, nil
+			return received, beginning, nil
 		}
 		if readErr != nil {
-			return beginning, readErr
+			return received, beginning, readErr
 		}
 		if err := client.Flush(); err != nil {
-			return beginning, clientError{err}
+			return received, beginning, clientError{err}
 		}
 	}
 }
@@ -771,14 +824,16 @@ func abort(w http.ResponseWriter, r *http.Request) {
 
 // tunnel copies bytes between the client and the upstream, after its 101. Each
 // direction is copied to its own end, and that end is passed on: a peer that
-// has sent all it has may still wait for the rest of what the other sends.
-func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
+// has sent all it has may still wait for the rest of what the other sends. It
+// returns how many bytes the client and the upstream have sent.
+func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) (
+	sent, received int64) {
 	upstream := resp.Body.(io.ReadWriteCloser)
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		log.Printf("the connection of %s cannot be upgraded", r.RemoteAddr)
 		w.WriteHeader(http.StatusInternalServerError)
-		return
+		return 0, 0
 	}
 	closeBoth := func() {
 		client.Close()
@@ -795,7 +850,7 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	answer.Header.Set("Upgrade", "websocket")
 	answer.Write(buffered) // for a 101 it adds no header of its own
 	if buffered.Flush() != nil {
-		return
+		return 0, 0
 	}
 
 	// The server's buffer may hold the first bytes of the client. The rest is
@@ -804,8 +859,14 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	// the tunnel with it.
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
 	ended := make(chan bool, 2)
-	go copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client), ended)
-	go copyToEnd(client, upstream, ended)
+	go func() {
+		sent = copyToEnd(upstream, io.MultiReader(bytes.NewReader(first), client))
+		ended <- true
+	}()
+	go func() {
+		received = copyToEnd(client, upstream)
+		ended <- true
+	}()
 	<-ended
 
 	// The other direction has some time to end, as a Close frame is answered (RFC
@@ -818,17 +879,18 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	<-ended
 	timer.Stop()
 	linger(client)
+	return sent, received
 }
 
 // copyToEnd copies from src to dst until src ends, and then half-closes dst:
 // nothing more is sent to it, but it can still be read. The upstream's
 // connection offers that from Go 1.24 on.
-func copyToEnd(dst io.Writer, src io.Reader, ended chan<- bool) {
-	io.Copy(dst, src)
+func copyToEnd(dst io.Writer, src io.Reader) (copied int64) {
+	copied, _ = io.Copy(dst, src)
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
-	ended <- true
+	return copied
 }
 
 // linger ends what is sent to the client, and reads what it still sends.
@@ -985,11 +1047,32 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start 
 		req.URL.Scheme, req.URL.Host, f.safeTarget(req.URL.RequestURI()), took, what)
 }
 
+// logAnswer writes the line about an answer that AZURE_LOG_LEVEL=debug adds: how
+// long its first byte and its last took, and how many bytes the bodies had, or
+// the tunnel.
+func (f *forwarder) logAnswer(r *http.Request, resp *http.Response, start time.Time,
+	waited time.Duration, sent, received int64) {
+	if !f.debug {
+		return
+	}
+	what := "answer"
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		what = "tunnel"
+	}
+	log.Printf("debug: %s %s: %s %s, first byte after %v, end after %v, "+
+		"%d bytes up, %d down, apim-request-id %s",
+		f.secrets.safe(r.Method, maxPiece), f.safeTarget(r.RequestURI),
+		what, statusText(resp.StatusCode),
+		waited.Round(time.Millisecond), time.Since(start).Round(time.Millisecond),
+		sent, received,
+		cmp.Or(f.secrets.safe(resp.Header.Get("Apim-Request-Id"), maxPiece), "none"))
+}
+
 // describeFailure says that there is no answer, in which step it failed and
 // why, and what to do about it.
 func (f *forwarder) describeFailure(err error) (text, hint string) {
 	step, reason := explainFailure(err)
-	text = "no answer from " + f.target.Host
+	text = "no answer from " + f.targets[0].Host
 	switch {
 	case f.isProxied():
 		text += " by way of HTTPS_PROXY"
@@ -1011,13 +1094,14 @@ func (f *forwarder) isProxied() bool {
 	if f.transport.Proxy == nil {
 		return false
 	}
-	proxy, err := f.transport.Proxy(&http.Request{URL: f.target})
+	proxy, err := f.transport.Proxy(&http.Request{URL: f.targets[0]})
 	return err == nil && proxy != nil
 }
 
-// explain says what the answer to req, a refusal, means, and what to do about it.
-func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []byte, t token) (
-	text, hint string) {
+// explain says what the answer to req, a refusal, means, and what to do about
+// it. base is where the client reaches the proxy: "http://localhost:8081".
+func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []byte,
+	base string, t token) (text, hint string) {
 	plain, canRead := unpacked(beginning, resp.Header.Get("Content-Encoding"))
 	text = "answered " + statusText(resp.StatusCode)
 	if code := errorCode(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
@@ -1026,7 +1110,7 @@ func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []
 	if after := resp.Header.Get("Retry-After"); after != "" {
 		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
 	}
-	hint = remedy(req.URL.Opaque, resp.StatusCode, string(plain), t)
+	hint = f.remedy(req, resp.StatusCode, string(plain), base, t)
 	if !canRead && resp.StatusCode != http.StatusTooManyRequests { // 429 says it all
 		hint = "the body, which says why, is compressed in a way that cannot be read here"
 	}
@@ -1104,9 +1188,8 @@ func roleFor(path string) string {
 	return "Cognitive Services OpenAI User"
 }
 
-// remedy says what to do about a usual refusal of a request for path with the
-// token t.
-func remedy(path string, status int, body string, t token) string {
+// remedy says what to do about a usual refusal of req with the token t.
+func (f *forwarder) remedy(req *http.Request, status int, body, base string, t token) string {
 	body = strings.ToLower(body)
 	says := func(text string) bool { return strings.Contains(body, text) }
 	unauthorized := status == http.StatusUnauthorized
@@ -1131,16 +1214,88 @@ func remedy(path string, status int, body string, t token) string {
 		return "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
 	case unauthorized || forbidden && says("permission"):
-		return "the identity with object id " + c.Object + " lacks the role " + roleFor(path) +
+		return "the identity with object id " + c.Object + " lacks the role " + roleFor(req.URL.Opaque) +
 			" on the resource (a new assignment takes minutes to work)"
 	case forbidden:
 		return "a policy or network rule of the resource, or of a gateway before it, refuses this"
 	case status == http.StatusNotFound && says("deploymentnotfound"):
-		return "there is no deployment of this name in the resource"
+		return "there is no deployment " + cmp.Or(deploymentName(req), "of this name") +
+			" in the resource: look up its name there (a new one takes minutes to work)"
 	case status == http.StatusNotFound:
-		return "there is no such path: check TARGET_URL and the client's base URL"
+		return cmp.Or(f.pathMistake(req, base),
+			"there is no such path: check TARGET_URL and the client's base URL")
 	case status == http.StatusTooManyRequests:
 		return "too many requests or tokens for the deployment's quota"
+	}
+	return ""
+}
+
+// deploymentName is the name of the deployment that a request asks for, in
+// quotes, or empty if it is not known. It is in the path, or else it is the model
+// in a small body. Nothing else of a body is ever shown.
+func deploymentName(req *http.Request) string {
+	var asked struct{ Model string }
+	if _, rest, ok := strings.Cut(req.URL.Opaque, "/deployments/"); ok {
+		name, _, _ := strings.Cut(rest, "/")
+		asked.Model, _ = url.PathUnescape(name)
+	} else if req.GetBody != nil {
+		body, _ := req.GetBody()
+		text, _ := io.ReadAll(body)
+		if json.Unmarshal(text, &asked) != nil {
+			return ""
+		}
+	}
+	const longest = 64 // Azure's limit for the name of a deployment
+	if asked.Model == "" || len(asked.Model) > longest || !isPrintableASCII(asked.Model) {
+		return ""
+	}
+	return strconv.Quote(asked.Model)
+}
+
+// pathMistake names the usual mistakes that make a path one which the service
+// does not have. It is empty for any other path. base is as in explain.
+func (f *forwarder) pathMistake(req *http.Request, base string) string {
+	isBelow := func(u *url.URL) bool { return strings.HasPrefix(req.URL.Opaque, u.EscapedPath()) }
+	i := slices.IndexFunc(f.targets, isBelow)
+	if i < 0 {
+		return "" // TARGET_URL's path begins with two slashes
+	}
+	const openAI, claude = "/openai/", "/anthropic/"
+	api := openAI
+	if strings.Contains(f.targets[i].Path, claude) {
+		api = claude
+	}
+	_, rest, ok := strings.Cut(req.URL.Opaque, api)
+	if !ok {
+		return "" // a gateway's own path
+	}
+
+	// rest is what follows the path of the API. The classic API has versions,
+	// which are dates, and the one of v1 has none.
+	begins := func(beginnings ...string) bool {
+		isPrefix := func(prefix string) bool { return strings.HasPrefix(rest, prefix) }
+		return slices.ContainsFunc(beginnings, isPrefix)
+	}
+	version := req.URL.Query().Get("api-version")
+	clientURL := f.targets.clientURL(i, base)
+	switch {
+	case begins("v1/v1/", "v1/openai/", "v1/deployments/"):
+		return "the client adds this itself: leave /v1 out of its base URL, " + clientURL +
+			", and out of TARGET_URL"
+	case api == openAI && begins("messages", "v1/messages"):
+		for i, u := range f.targets {
+			if strings.Contains(u.Path, claude) {
+				return "Claude's base URL is " + f.targets.clientURL(i, base)
+			}
+		}
+		return "Claude needs a TARGET_URL that ends in /anthropic/, beside this one or in its place"
+	case api == claude && begins("chat/", "v1/chat/", "responses", "v1/responses"):
+		return "this is Claude's path: GPT needs a TARGET_URL that ends in /openai/, " +
+			"beside this one or in its place"
+	case begins("deployments/") && version == "":
+		return "the query lacks api-version, for example ?api-version=2024-10-21"
+	case !begins("v1/", "deployments/") && !strings.HasPrefix(version, "20"):
+		return "the client's base URL lacks /v1: give it " + clientURL + "/v1"
 	}
 	return ""
 }

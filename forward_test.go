@@ -210,6 +210,7 @@ func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Serve
 		signals: make(chan os.Signal, 2),
 		stopped: make(chan struct{}),
 	}
+	p.tokens.lateTime = time.Hour
 	if upstream.TLS != nil {
 		client := upstream.Client().Transport.(*http.Transport).TLSClientConfig
 		p.forwarder.transport.TLSClientConfig.RootCAs = client.RootCAs
@@ -589,6 +590,12 @@ func TestSettings(t *testing.T) {
 		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
 		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
 		{"any port", "PORT", " 0", "port=0 "},
+		{"several targets", "TARGET_URL",
+			"https://B.example/openai/\t https://b.example/anthropic\n",
+			"https://b.example/openai/ https://b.example/anthropic/ host="},
+		{"v1 at the end of the first target", "TARGET_URL",
+			"https://b.example/openai/v1 https://b.example/anthropic",
+			"https://b.example/openai/v1/ https://b.example/anthropic/ host="},
 		{"host in capitals", "TARGET_URL", "http://LOCALHOST:1/openai/",
 			"http://localhost:1/openai/ "},
 		{"final dot", "TARGET_URL", "http://localhost.:1/openai/", "http://localhost.:1/openai/ "},
@@ -609,7 +616,7 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 			continue
 		}
-		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v", cfg.target, cfg.host,
+		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v", cfg.targets, cfg.host,
 			cfg.port, cfg.key, cfg.scope, cfg.debug)
 		if !strings.Contains(got, tt.want) {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
@@ -647,6 +654,27 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 		{"http for a name that begins with 127.0.0.1", "TARGET_URL",
 			"http://127.0.0.1.example/openai/", https},
 		{"target escaped twice", "TARGET_URL", "https://b.example/openai/%252e%252e/s3cret", aBase},
+		{"targets of two hosts", "TARGET_URL",
+			"https://b.example/openai/ https://c.example/anthropic/",
+			"https://b.example/openai/ and https://c.example/anthropic/ differ"},
+		{"targets of two ports", "TARGET_URL",
+			"https://b.example/openai/ https://b.example:8443/anthropic/", "differ in scheme or host"},
+		{"targets of two schemes", "TARGET_URL",
+			"https://localhost/openai/ http://localhost/anthropic/", "differ in scheme or host"},
+		{"targets with one end", "TARGET_URL", "https://b.example/openai/ https://b.example/x/openai",
+			"https://b.example/openai/ and https://b.example/x/openai/ both end in /openai/"},
+		{"one target twice", "TARGET_URL", "https://b.example/openai https://b.example/openai/",
+			"both end in /openai/"},
+		{"second target without a path", "TARGET_URL", "https://b.example/openai https://b.example",
+			"https://b.example/ is not the first"},
+		{"second target that ends in v1", "TARGET_URL",
+			"https://b.example/openai https://b.example/anthropic/v1", "is not the first"},
+		{"second target in plain http", "TARGET_URL",
+			"https://b.example/openai/ http://b.example/anthropic/?k=s3cret",
+			"base URL 2 of 2: http://b.example would send the token over a network"},
+		{"second target with a key", "TARGET_URL",
+			"https://b.example/openai/ https://b.example/anthropic/?k=s3cret",
+			"base URL 2 of 2: has a user name, a query or a fragment"},
 		{"proxy with a bare %", "HTTPS_PROXY", "http://jane:s3cret%ame@127.0.0.1:3128", encoded},
 		{"proxy with a bare %, lower case", "https_proxy", "http://jane:s3cret%ame@127.0.0.1",
 			encoded},
@@ -903,8 +931,8 @@ func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
 	p := startProgram(t, dotEnv, env)
 	p.stderr.waitFor(t, "read .env")
 	line, _ := p.stderr.waitFor(t, "proxy listening on :")
-	target := " ➜ http://127.0.0.1:1/openai/"
-	if !strings.HasSuffix(line, target) || strings.Contains(line, " :1 ") {
+	target := " ➜ http://127.0.0.1:1/openai/ "
+	if !strings.Contains(line, target) || strings.Contains(line, " :1 ") {
 		t.Errorf("got %q, want a port of the proxy's own choice and the target of .env", line)
 	}
 	p.stderr.waitFor(t, "EXPECTED_KEY is set")
@@ -1097,8 +1125,15 @@ func TestListensWhereSettingsSay(t *testing.T) {
 			"warning: no EXPECTED_KEY"},
 		{"IPv6 host in brackets", vars{"HOST": "[::1]", "EXPECTED_KEY": "k"}, "[::1]:PORT", "::1",
 			"EXPECTED_KEY is set"},
-		{"path without openai", vars{"HOST": "", "TARGET_URL": upstream.URL + "/anthropic/"},
-			"127.0.0.1:PORT [::1]:PORT", local, "no EXPECTED_KEY"},
+		{"forgotten path", vars{"TARGET_URL": upstream.URL}, "127.0.0.1:PORT", "127.0.0.1",
+			"no EXPECTED_KEY"},
+		{"Claude", vars{"TARGET_URL": upstream.URL + "/anthropic/"}, "127.0.0.1:PORT", "127.0.0.1",
+			"no EXPECTED_KEY"},
+		{"Foundry's models", vars{"TARGET_URL": upstream.URL + "/models"}, "127.0.0.1:PORT",
+			"127.0.0.1", "no EXPECTED_KEY"},
+		{"GPT and Claude",
+			vars{"TARGET_URL": upstream.URL + "/openai " + upstream.URL + "/anthropic"},
+			"127.0.0.1:PORT", "127.0.0.1", "no EXPECTED_KEY"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -1126,15 +1161,19 @@ func TestListensWhereSettingsSay(t *testing.T) {
 					got = append(got, addr)
 				}
 				warned = warned || strings.Contains(line,
-					"warning: the path of TARGET_URL has no openai in it")
+					"warning: the path of TARGET_URL has no /openai/")
 			}
-			if warned != (tt.env["TARGET_URL"] != "") {
+			if warned != (tt.name == "forgotten path") {
 				t.Errorf("warned of a path without openai: %v", warned)
+			}
+			everyInterface := ""
+			if tt.name == "key" {
+				everyInterface = " (every interface, plain HTTP; HOST=127.0.0.1 for this host only)"
 			}
 			_, port, _ := net.SplitHostPort(p.addr)
 			for _, addr := range strings.Fields(strings.ReplaceAll(tt.addrs, "PORT", port)) {
 				if !strings.HasPrefix(addr, "[::1]") || hasIPv6 {
-					want = append(want, addr+" ➜ "+p.cfg.target.String())
+					want = append(want, addr+" ➜ "+p.cfg.targets.String()+everyInterface)
 				}
 			}
 			if !slices.Equal(got, want) || port == "0" {
@@ -1177,6 +1216,96 @@ func TestTokenIsHadBeforeTheFirstRequest(t *testing.T) {
 	case <-time.After(safetyNet):
 		t.Error("the identity endpoint was not asked")
 	}
+}
+
+// TestStartTellsOfTheFirstToken, once.
+func TestStartTellsOfTheFirstToken(t *testing.T) {
+	const object = "11111111-2222-3333-4444-555555555555"
+	jwt := "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(
+		`{"oid":"`+object+`\nforged"}`)) + ".c2lnbmF0dXJl"
+	upstream := newUpstream(t, http.NotFound)
+	identity := newFakeIdentity(t)
+	host := strings.TrimPrefix(identity.URL, "http://")
+
+	t.Run("it comes", func(t *testing.T) {
+		identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprint(w, tokenAnswer(jwt, time.Hour))
+		})
+		p := startProgram(t, "", vars{"TARGET_URL": upstream.URL, "PORT": "0",
+			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+		line, _ := p.stderr.waitFor(t, "token ready: ")
+		want := "object id " + object + " forged, expires "
+		if !strings.Contains(line, want) || !strings.HasSuffix(line, ", from IMDS at "+host) {
+			t.Errorf("got %q", line)
+		}
+	})
+
+	t.Run("another comes", func(t *testing.T) {
+		logged := followLog(t)
+		p := startProxy(t, identity, upstream, nil)
+		logged.waitFor(t, "token ready: ")
+		held, err := p.tokens.current(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := make(chan bool, 9)
+		identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprint(w, tokenAnswer("another", time.Hour))
+			asked <- true
+		})
+		p.tokens.rejected(held)
+		<-asked
+		for held.authorization != "Bearer another" {
+			if held, err = p.tokens.current(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if text := logged.String(); strings.Count(text, "token ready") != 1 {
+			t.Errorf("got %s", text)
+		}
+	})
+
+	t.Run("it is refused", func(t *testing.T) {
+		identity.answerWith(refuse(400, "", noIdentity))
+		logged := followLog(t)
+		p := startProxy(t, identity, upstream, nil)
+		logged.waitFor(t, "no token yet: IMDS at "+host+" answered 400: ")
+		p.tokens.tellLate()
+		if text := logged.String(); strings.Count(text, "no token yet") != 1 ||
+			!strings.Contains(text, "; trying goes on\n") {
+			t.Errorf("got %s", text)
+		}
+	})
+
+	t.Run("it is late", func(t *testing.T) {
+		release := make(chan bool)
+		identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
+			<-release
+			fmt.Fprint(w, tokenAnswer(jwt, time.Hour))
+		})
+		logged := followLog(t)
+		p := newTestProxy(t, identity, upstream, nil)
+		p.tokens.lateTime = 0
+		p.start(t)
+		logged.waitFor(t, "no token yet: the identity endpoint has not answered; trying goes on")
+		close(release)
+		logged.waitFor(t, "token ready: ")
+	})
+
+	t.Run("it is tried again", func(t *testing.T) {
+		identity.answerWith(refuse(500, "", "no"))
+		logged := followLog(t)
+		p := newTestProxy(t, identity, upstream, nil)
+		tried := make(chan bool)
+		p.cfg.endpoint.sleep = func(ctx context.Context, _ time.Duration) {
+			tried <- true
+			<-ctx.Done()
+		}
+		p.start(t)
+		<-tried
+		p.tokens.tellLate()
+		logged.waitFor(t, "no token yet: IMDS at "+host+" answered 500: no; trying goes on")
+	})
 }
 
 // TestLogOfTheGoLibraryIsSafeToo has the upstream send the token after its answer, which net/http
@@ -1504,7 +1633,7 @@ func runCheck(env vars, out io.Writer) error {
 	before := log.Writer()
 	defer log.SetOutput(before) // check has put a writer of its own in front of it
 	cfg, err := loadConfig(func(name string) string { return env[name] })
-	return check(cfg, err, nil, out)
+	return check(cfg, err, nil, out, false)
 }
 
 func TestCheckTellsWhatIsWrong(t *testing.T) {
@@ -1646,7 +1775,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			[]string{"FAIL  upstream: ", "not this one: REDACTED…"}},
 		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"),
 			[]string{"FAIL  upstream: ", "hint: there is no such path",
-				"hint: the path of TARGET_URL has no openai in it"}},
+				"hint: the path of TARGET_URL has no /openai/"}},
 		{"a web page", target, token, reply{200, "<html>log in</html>"},
 			[]string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
 		{"pasted URL of Foundry's models", upstream.URL + "/models/chat/completions/", token,
@@ -1717,6 +1846,86 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 				t.Log("\n" + out)
 			}
 		})
+	}
+}
+
+// TestCheckEndsWithWhatToPutIntoAClient, for each target, if all is well with all of them.
+func TestCheckEndsWithWhatToPutIntoAClient(t *testing.T) {
+	identity := newFakeIdentity(t)
+	const claude = `{"type":"error","error":{"type":"invalid_request_error"}}`
+	models, claudeStatus := "", 400
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			writeJSON(w, claudeStatus, claude)
+			return
+		}
+		writeJSON(w, 200, models)
+	})
+	const list = `{"data":[{"id":"gpt-5"},{"id":7},{"id":"a b\u001b[2J"},{"id":"gpt-4o"},` +
+		`{"id":"c"},{"id":"d"},{"id":"e"},{"id":"f"}]}`
+	tests := []struct {
+		name, targets string
+		env           vars
+		models        string
+		claude        int
+		want          string
+	}{
+		{"GPT", "/openai/", nil, list, 400, `
+ok    clients: base URL: http://localhost:8081/v1, or http://localhost:8081 where the client ` +
+			`asks for an Azure endpoint or adds /v1 itself
+      key: any text, as there is no EXPECTED_KEY
+      models: gpt-5, gpt-4o, c, d, e; if a client's model is not found, it wants the name of a ` +
+			`deployment
+`},
+		{"Claude, with a key", "/anthropic/", vars{"EXPECTED_KEY": "s3cret", "PORT": "9000"}, "",
+			400, `
+ok    clients: base URL for Claude: http://localhost:9000
+      key: EXPECTED_KEY, where the client asks for an API key
+`},
+		{"both, on one address", "/openai/ {URL}/anthropic/", vars{"HOST": "127.0.0.2"}, "{}", 400, `
+ok    clients: base URL: http://127.0.0.2:8081/v1, or http://127.0.0.2:8081 where the client ` +
+			`asks for an Azure endpoint or adds /v1 itself
+      base URL for Claude: http://127.0.0.2:8081/anthropic
+      key: any text, as there is no EXPECTED_KEY
+`},
+		{"every address, any port", "/gateway/", vars{"HOST": "::", "PORT": "0"}, "{}", 400, `
+ok    clients: base URL: http://localhost:PORT
+      key: any text, as there is no EXPECTED_KEY
+`},
+		{"the second fails", "/openai/ {URL}/anthropic/", nil, list, 500, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			models, claudeStatus = tt.models, tt.claude
+			env := vars{"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
+				"TARGET_URL": upstream.URL + strings.ReplaceAll(tt.targets, "{URL}", upstream.URL)}
+			for name, value := range tt.env {
+				env[name] = value
+			}
+			var out bytes.Buffer
+			err := runCheck(env, &out)
+			text := out.String()
+			if (err == nil) != (tt.want != "") || !strings.HasSuffix(text, tt.want) ||
+				strings.Contains(text, "clients") != (tt.want != "") {
+				t.Errorf("got error %v and\n%s", err, text)
+			}
+			if n := strings.Count(text, "  upstream: "); n != len(strings.Fields(tt.targets)) {
+				t.Errorf("%d upstreams were tried", n)
+			}
+		})
+	}
+}
+
+func TestCheckIsColouredIfAskedTo(t *testing.T) {
+	for coloured, want := range map[bool][2]string{
+		false: {"ok    .env: a line\n", "FAIL  settings: "},
+		true:  {"\x1b[32mok    \x1b[0m.env: a line\n", "\x1b[31mFAIL  \x1b[0msettings: "},
+	} {
+		var out bytes.Buffer
+		check(nil, errors.New("\x1b[5mwrong"), []string{"a line"}, &out, coloured)
+		if text := out.String(); text != want[0]+want[1]+" [5mwrong\n" {
+			t.Errorf("got %q", text)
+		}
 	}
 }
 
@@ -2014,13 +2223,39 @@ func TestPathAndQueryGoAsTheyCame(t *testing.T) {
 			"/openai/x?b=1;a=%zz&a=%20+&a"},
 		{"empty query", "/openai/", "/x?", "/openai/x?"},
 		{"question marks", "/openai/", "/x?a?b=/../c", "/openai/x?a?b=/../c"},
+
+		{"first of two", "/openai/ {URL}/anthropic/", "/v1/responses", "/openai/v1/responses"},
+		{"second of two", "/openai/ {URL}/anthropic/", "/anthropic/v1/messages?beta=true",
+			"/anthropic/v1/messages?beta=true"},
+		{"second, at the end of a path", "/openai/\n{URL}/gateway/claude", "/claude/v1/messages",
+			"/gateway/claude/v1/messages"},
+		{"second, its whole path", "/openai/ {URL}/gateway/claude/", "/gateway/claude/v1/messages",
+			"/gateway/claude/v1/messages"},
+		{"first by its name", "/openai/v1/ {URL}/anthropic/", "/openai/v1/models",
+			"/openai/v1/models"},
+		{"second by its name alone", "/openai/ {URL}/anthropic/", "/anthropic", "/anthropic/"},
+		{"slashes before the second", "/openai/ {URL}/anthropic/", "//anthropic//v1/x",
+			"/anthropic/v1/x"},
+		{"second, not at the beginning", "/openai/ {URL}/anthropic/", "/v1/anthropic/x",
+			"/openai/v1/anthropic/x"},
+		{"on segment borders of the second", "/openai/ {URL}/anthropic/", "/anthropicx/v1",
+			"/openai/anthropicx/v1"},
+		{"second, escaped", "/openai/ {URL}/anthropic/", "/%61nthropic/v1",
+			"/openai/%61nthropic/v1"},
+		{"second, in other case", "/openai/ {URL}/anthropic/", "/Anthropic/v1",
+			"/openai/Anthropic/v1"},
+		{"first of three", "/openai/ {URL}/anthropic/ {URL}/models/", "/openai/models",
+			"/openai/models"},
+		{"last of three", "/openai/ {URL}/anthropic/ {URL}/models/", "/models/chat/completions",
+			"/models/chat/completions"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			followLog(t)
 			u := &recorder{}
 			s := newUpstream(t, u.ServeHTTP)
-			p := startProxy(t, newFakeIdentity(t), s, vars{"TARGET_URL": s.URL + tt.base})
+			p := startProxy(t, newFakeIdentity(t), s, vars{
+				"TARGET_URL": s.URL + strings.ReplaceAll(tt.base, "{URL}", s.URL)})
 			p.do(t, "GET "+tt.target+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
 			if r, _ := u.only(t); r.RequestURI != tt.upstream {
 				t.Errorf("got %q, want %q", r.RequestURI, tt.upstream)
@@ -2096,7 +2331,7 @@ func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
 	if len(r.Header) > 0 {
 		t.Errorf("went upstream, too: %v", r.Header)
 	}
-	if want := strings.TrimPrefix(p.forwarder.target.Host, "http://"); r.Host != want {
+	if want := strings.TrimPrefix(p.forwarder.targets[0].Host, "http://"); r.Host != want {
 		t.Errorf("Host: got %q, want %q", r.Host, want)
 	}
 }
@@ -2171,7 +2406,7 @@ func (d *deadlineRecorder) SetReadDeadline(t time.Time) error {
 
 // TestSmallBodyLeavesNoDeadline: with one the server would end a longer stream.
 func TestSmallBodyLeavesNoDeadline(t *testing.T) {
-	f := newForwarder(&url.URL{}, "", nil, &secrets{})
+	f := newForwarder(targets{{}}, "", nil, &secrets{})
 	w := &deadlineRecorder{ResponseRecorder: httptest.NewRecorder()}
 	body, err := f.readBody(w, httptest.NewRequest("POST", "/x", strings.NewReader("hi")))
 	if err != nil || string(body) != "hi" {
@@ -2188,7 +2423,7 @@ func TestSmallBodyLeavesNoDeadline(t *testing.T) {
 // the upstream closes the connection, it did in some of twenty rounds.
 func TestSmallBodiesCanBeSentAgain(t *testing.T) {
 	target := &url.URL{Scheme: "https", Host: "a.example", Path: "/"}
-	f := newForwarder(target, "", nil, &secrets{})
+	f := newForwarder(targets{target}, "", nil, &secrets{})
 	for _, tt := range []struct {
 		size  int64
 		again bool
@@ -2473,7 +2708,7 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 			}
 		})
 	}
-	f := newForwarder(&url.URL{Host: "x.invalid"}, "", nil, &secrets{})
+	f := newForwarder(targets{{Host: "x.invalid"}}, "", nil, &secrets{})
 	text, hint := f.describeFailure(&net.DNSError{Err: "no such host", Name: "x.invalid"})
 	if text != "no answer from x.invalid: DNS lookup failed: x.invalid: no such host" ||
 		hint == "" {
@@ -3191,7 +3426,7 @@ func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 	problem := regexp.MustCompile(`(?m)POST ` +
 		`http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered ` +
 		`404 Not Found: DeploymentNotFound; ` +
-		`hint: there is no deployment of this name.*; apim-request-id id-1$`)
+		`hint: there is no deployment "gpt-4o" in the resource.*; apim-request-id id-1$`)
 	if !arrival.MatchString(text) || !problem.MatchString(text) {
 		t.Errorf("got\n%s", text)
 	}
@@ -3382,7 +3617,8 @@ func TestUpstreamHints(t *testing.T) {
 			"the token is for https://a.example, the wrong audience"},
 		{403, `{"error":{"message":"Access denied due to Virtual Network/Firewall rules."}}`,
 			"network rules refuse this host"},
-		{404, `{"error":{"code":"DeploymentNotFound"}}`, "no deployment of this name"},
+		{404, `{"error":{"code":"DeploymentNotFound"}}`,
+			"there is no deployment of this name in the resource"},
 		{404, `{"error":{"code":"404","message":"Resource not found"}}`, "no such path"},
 		{400, `Please provide a custom subdomain for token authentication`,
 			"a regional endpoint takes no tokens"},
@@ -3395,10 +3631,175 @@ func TestUpstreamHints(t *testing.T) {
 			resp.Header.Set("Retry-After", "7")
 		}
 		req := &http.Request{URL: &url.URL{Opaque: "/openai/v1/models"}}
-		if got := withHint(f.explain(req, resp, []byte(tt.answer),
+		if got := withHint(f.explain(req, resp, []byte(tt.answer), "http://localhost",
 			token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
 			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
 		}
+	}
+}
+
+// TestMistakesInAPathAreNamed: a client says only that something is not found.
+func TestMistakesInAPathAreNamed(t *testing.T) {
+	const openAI, claude, both = "/openai/", "/anthropic/", "/openai/ {URL}/anthropic/"
+	const lacksV1, addsIt = "the client's base URL lacks /v1: give it http://{host}/v1",
+		"the client adds this itself: leave /v1 out of its base URL, http://{host},"
+	tests := []struct{ name, base, target, want string }{
+		{"chat without v1", openAI, "/chat/completions", lacksV1},
+		{"Responses without v1", openAI, "/openai/responses", lacksV1},
+		{"Responses with the version of v1", openAI, "/responses?api-version=v1", lacksV1},
+		{"embeddings without v1", both, "/embeddings", lacksV1},
+		{"classic Responses", openAI, "/responses?api-version=2025-04-01-preview",
+			"there is no such path"},
+		{"deployment without a version", openAI, "/deployments/d/chat/completions",
+			"the query lacks api-version"},
+		{"deployment with another parameter", openAI, "/openai/deployments/d/embeddings?a=api-version",
+			"the query lacks api-version"},
+		{"deployment with a version", openAI, "/deployments/d/x?api-version=2024-10-21",
+			"there is no such path"},
+		{"v1 twice", openAI, "/v1/v1/responses", addsIt},
+		{"v1 before openai", openAI, "/v1/openai/deployments/d/x?api-version=2024-10-21", addsIt},
+		{"v1 before deployments", openAI, "/v1/deployments/d/x?api-version=2024-10-21", addsIt},
+		{"v1 of TARGET_URL before deployments", "/openai/v1/", "/deployments/d/x?api-version=1",
+			"and out of TARGET_URL"},
+		{"Claude at GPT's", openAI, "/v1/messages?beta=true",
+			"Claude needs a TARGET_URL that ends in /anthropic/"},
+		{"Claude's tokens counted at GPT's", both, "/v1/messages/count_tokens",
+			"Claude's base URL is http://{host}/anthropic"},
+		{"Claude, v1 twice", claude, "/v1/v1/messages", addsIt},
+		{"Claude without v1", claude, "/messages", lacksV1},
+		{"Claude without v1, second", both, "/anthropic/messages",
+			"lacks /v1: give it http://{host}/anthropic/v1"},
+		{"GPT at Claude's", claude, "/v1/chat/completions", "GPT needs a TARGET_URL that ends in"},
+		{"no mistake", openAI, "/v1/files/none", "there is no such path"},
+		{"path of a gateway", "/gateway/", "/chat/completions", "there is no such path"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := followLog(t)
+			upstream := newUpstream(t, refuse(404, "", `{"error":{"code":"404"}}`))
+			p := startProxy(t, newFakeIdentity(t), upstream, vars{
+				"TARGET_URL": upstream.URL + strings.ReplaceAll(tt.base, "{URL}", upstream.URL)})
+			p.do(t, "POST "+tt.target+" HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"+
+				"Connection: close\r\n\r\n")
+			logged.waitFor(t, strings.ReplaceAll(tt.want, "{host}", p.addr))
+		})
+	}
+}
+
+// TestMissingDeploymentIsNamed, from the path or the body, of which nothing else is logged.
+func TestMissingDeploymentIsNamed(t *testing.T) {
+	long := strings.Repeat("m", 65)
+	tests := []struct{ name, target, body, want string }{
+		{"model", "/v1/responses", `{"input":"LEAK","model":"gpt-5.1","a":{"model":"LEAK"}}`,
+			`no deployment "gpt-5.1" in`},
+		{"path", "/deployments/my%20gpt/chat/completions?api-version=2024-10-21",
+			`{"model":"LEAK"}`, `no deployment "my gpt" in`},
+		{"64 characters", "/v1/responses", `{"model":"` + long[1:] + `"}`,
+			`no deployment "` + long[1:] + `" in`},
+		{"65 characters", "/v1/responses", `{"model":"` + long + `"}`,
+			"no deployment of this name in"},
+		{"forged", "/v1/responses", `{"model":"LEAK\n2026/01/01"}`, "no deployment of this name in"},
+		{"not ASCII", "/v1/responses", `{"model":"LEAK\u202e"}`, "no deployment of this name in"},
+		{"quotes", "/v1/responses", `{"model":"a\"; hint: b"}`, `no deployment "a\"; hint: b" in`},
+		{"the key", "/v1/responses", `{"model":"s3cret-of-the-clients"}`,
+			`no deployment "REDACTED" in`},
+		{"number", "/v1/responses", `{"model":5,"b":"LEAK"}`, "no deployment of this name in"},
+		{"not JSON", "/v1/responses", `model=LEAK`, "no deployment of this name in"},
+		{"JSON and more", "/v1/responses", `{"model":"LEAK"} {}`, "no deployment of this name in"},
+		{"no body", "/v1/responses", ``, "no deployment of this name in"},
+		{"longer than 256 KiB", "/v1/responses",
+			`{"model":"LEAK","input":"` + strings.Repeat("x", 256<<10) + `"}`,
+			"no deployment of this name in"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := followLog(t)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				writeJSON(w, 404, `{"error":{"code":"DeploymentNotFound","message":"LEAK"}}`)
+			})
+			p := startProxy(t, newFakeIdentity(t), upstream,
+				vars{"EXPECTED_KEY": "s3cret-of-the-clients"})
+			p.do(t, fmt.Sprintf("POST %s HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n"+
+				"api-key: s3cret-of-the-clients\r\nConnection: close\r\n\r\n%s",
+				tt.target, len(tt.body), tt.body))
+			logged.waitFor(t, tt.want)
+			if text := logged.String(); strings.Contains(text, "LEAK") ||
+				strings.Contains(text, "s3cret") {
+				t.Errorf("the log has more of the body:\n%s", text)
+			}
+		})
+	}
+}
+
+// TestDebugTellsOfEveryAnswer, once, and without a body.
+func TestDebugTellsOfEveryAnswer(t *testing.T) {
+	const body = `{"LEAK":1}`
+	long := strings.Repeat("L", 300<<10)
+	tests := []struct{ name, request, want string }{
+		{"answer", "POST /v1/x?api-key=LEAK HTTP/1.1\r\nHost: {host}\r\n" +
+			"Content-Length: 10\r\n\r\n" + body,
+			`debug: POST /v1/x\?: answer 200 OK, first byte after \d.*s, end after \d.*s, ` +
+				`10 bytes up, 4 down, apim-request-id id-1$`},
+		{"streamed upload", "POST /v1/x HTTP/1.1\r\nHost: {host}\r\n" +
+			"Content-Length: 307200\r\n\r\n" + long, `: answer 200 OK, .*, 307200 bytes up, 4 down,`},
+		{"refusal", "GET /v1/refused HTTP/1.1\r\nHost: {host}\r\n\r\n",
+			`debug: GET /v1/refused: answer 418 I'm a teapot, .*, 0 bytes up, 6 down, ` +
+				`apim-request-id none$`},
+		{"tunnel", "GET /v1/realtime HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n" +
+			"Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+			`debug: GET /v1/realtime: tunnel 101 Switching Protocols, .*, 3 bytes up, 5 down, `},
+		{"cut answer", "GET /v1/cut HTTP/1.1\r\nHost: {host}\r\n\r\n",
+			`debug: GET /v1/cut: answer 200 OK, .*, 0 bytes up, 4 down, `},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			logged := followLog(t)
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				switch {
+				case strings.HasSuffix(r.URL.Path, "/refused"):
+					writeJSON(w, 418, `"LEAK"`)
+				case strings.HasSuffix(r.URL.Path, "/cut"):
+					w.Header().Set("Content-Length", "5")
+					io.WriteString(w, "LEAK")
+				case r.Header.Get("Upgrade") != "":
+					conn, _, err := http.NewResponseController(w).Hijack()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer conn.Close()
+					io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n"+
+						"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\nLEAK!")
+					io.ReadFull(conn, make([]byte, 3))
+				default:
+					w.Header().Set("Apim-Request-Id", "id-1")
+					io.WriteString(w, "LEAK")
+				}
+			})
+			p := startProxy(t, newFakeIdentity(t), upstream, vars{"AZURE_LOG_LEVEL": "debug"})
+			conn, r := p.dial(t, tt.request)
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tt.name == "tunnel" {
+				io.WriteString(conn, "abc")
+				conn.(*net.TCPConn).CloseWrite()
+				io.ReadAll(r)
+			} else {
+				io.ReadAll(resp.Body)
+			}
+			line, _ := logged.waitFor(t, "bytes up")
+			if !regexp.MustCompile(tt.want).MatchString(line) {
+				t.Errorf("got %q, want %q", line, tt.want)
+			}
+			if text := logged.String(); strings.Contains(text, "LEAK") ||
+				strings.Count(text, "bytes up") != 1 {
+				t.Errorf("a body is in the log, or several lines:\n%s", text)
+			}
+		})
 	}
 }
 
@@ -3526,7 +3927,8 @@ func FuzzDotEnv(f *testing.F) {
 
 func FuzzPath(f *testing.F) {
 	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x",
-		"/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai"} {
+		"/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai", "/anthropic/v1",
+		"/v1/anthropic/x", "//anthropic//"} {
 		f.Add(target)
 	}
 	f.Fuzz(func(t *testing.T, target string) {
@@ -3535,12 +3937,13 @@ func FuzzPath(f *testing.F) {
 		if err != nil {
 			return
 		}
-		for _, base := range []string{"https://a.example/openai/", "https://a.example/"} {
-			u, err := parseTarget(base)
+		for _, base := range []string{"https://a.example/openai/", "https://a.example/",
+			"https://a.example/openai/ https://a.example/v1/anthropic/"} {
+			parsed, err := parseTargets(base)
 			if err != nil {
 				t.Fatal(err)
 			}
-			forward := &forwarder{target: u}
+			forward := &forwarder{targets: parsed}
 			if forward.checkCaller(r, false) != nil {
 				continue
 			}
@@ -3549,7 +3952,8 @@ func FuzzPath(f *testing.F) {
 				t.Fatal(err)
 			}
 			line := req.URL.RequestURI()
-			if req.URL.Host != "a.example" || !strings.HasPrefix(line, u.Path) ||
+			isBelow := func(u *url.URL) bool { return strings.HasPrefix(line, u.Path) }
+			if req.URL.Host != "a.example" || !slices.ContainsFunc(parsed, isBelow) ||
 				strings.HasPrefix(line, "//") {
 				t.Errorf("%q leaves %s: %q", target, base, line)
 			}

@@ -76,6 +76,7 @@ const (
 type token struct {
 	authorization string    // "Bearer eyJ0eXAi…", the header's value
 	clientID      string    // whose it is, if the endpoint says so
+	from          string    // "IMDS at 169.254.169.254"
 	expires       time.Time // it is not sent from then on
 	refresh       time.Time // it is due to be replaced from then on
 }
@@ -112,9 +113,10 @@ func (t token) claims() claims {
 // than one fetch at a time. While the held token is valid, no request waits.
 // Without a valid token, all requests wait for the same fetch.
 type tokenSource struct {
-	fetch func(context.Context) (token, error)
-	now   func() time.Time
-	asked chan struct{} // wakes run; has room for one, so that nobody waits to ask
+	fetch    func(context.Context) (token, error)
+	now      func() time.Time
+	asked    chan struct{} // wakes run; has room for one, so that nobody waits to ask
+	lateTime time.Duration // after which the log says that the first token is late
 
 	mu         sync.Mutex    // protects the fields below
 	held       token         // the zero token before the first success
@@ -122,15 +124,18 @@ type tokenSource struct {
 	quietUntil time.Time     // no fetch begins before; set after a failure
 	rejectedAt time.Time     // when a 401 last made held due for refresh
 	turn       chan struct{} // closed and replaced after each turn of run
+	tried      error         // of the last try of the fetch under way, if it goes on
+	toldLate   bool          // the log has said that there is no token yet
 }
 
 func newTokenSource(fetch func(context.Context) (token, error),
 	now func() time.Time) *tokenSource {
 	return &tokenSource{
-		fetch: fetch,
-		now:   now,
-		asked: make(chan struct{}, 1),
-		turn:  make(chan struct{}),
+		fetch:    fetch,
+		now:      now,
+		asked:    make(chan struct{}, 1),
+		lateTime: 1500 * time.Millisecond,
+		turn:     make(chan struct{}),
 	}
 }
 
@@ -194,6 +199,8 @@ func (s *tokenSource) ask() {
 // ctx ends. It needs no requests for that: a client that comes back after
 // hours finds a valid token.
 func (s *tokenSource) run(ctx context.Context) {
+	late := time.AfterFunc(s.lateTime, s.tellLate)
+	defer late.Stop()
 	for {
 		s.mu.Lock()
 		due := s.isDue(s.now())
@@ -203,8 +210,8 @@ func (s *tokenSource) run(ctx context.Context) {
 			if err == nil && !t.validAt(s.now()) {
 				err = errors.New("the token expired as soon as it came")
 			}
-			if err != nil && ctx.Err() == nil {
-				log.Printf("no new token: %v", err)
+			if ctx.Err() == nil {
+				s.tell(t, err)
 			}
 			s.publish(t, err)
 		}
@@ -216,6 +223,47 @@ func (s *tokenSource) run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// tell logs the outcome of a fetch: the first token, and each failure.
+func (s *tokenSource) tell(t token, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	isFirst := s.held.authorization == ""
+	switch {
+	case err == nil && isFirst:
+		log.Printf("token ready: object id %s, expires %s, from %s",
+			t.claims().Object, t.expires.Format(time.RFC3339), t.from)
+	case err == nil:
+	case isFirst && !s.toldLate:
+		s.toldLate = true
+		log.Printf("no token yet: %v; trying goes on", err)
+	default:
+		log.Printf("no new token: %v", err)
+	}
+}
+
+// tellLate logs that the first token is late, unless it is there or its absence
+// has been logged. A fetch with its retries may take fetchTime, for which nobody
+// who looks at the log of a new installation should have to wait.
+func (s *tokenSource) tellLate() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.held.authorization != "" || s.toldLate {
+		return
+	}
+	s.toldLate = true
+	if s.tried == nil {
+		s.tried = errors.New("the identity endpoint has not answered")
+	}
+	log.Printf("no token yet: %v; trying goes on", s.tried)
+}
+
+// willRetry keeps why a try failed, if the fetch goes on, for tellLate.
+func (s *tokenSource) willRetry(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tried = err
 }
 
 // untilDue is how long run may wait before it looks again.
@@ -300,6 +348,7 @@ type endpoint struct {
 	noAnswerHint string // what it may mean that it does not answer
 	mustEchoID   bool   // an answer without clientID in it is another identity's
 
+	willRetry func(error) // is told why a try failed, if another follows; may be nil
 	debug     bool
 	secrets   *secrets
 	transport *http.Transport
@@ -308,7 +357,9 @@ type endpoint struct {
 }
 
 // String says which endpoint it is, and why it was chosen.
-func (e *endpoint) String() string { return e.name + " at " + e.url.Host + ", " + e.why }
+func (e *endpoint) String() string { return e.address() + ", " + e.why }
+
+func (e *endpoint) address() string { return e.name + " at " + e.url.Host }
 
 // arcFiles are where Azure Arc's agent keeps its files. Its directories can be
 // written to by root, or an administrator, only.
@@ -653,7 +704,7 @@ func withHint(text, hint string) string {
 // errorf makes a fetchError that says who was asked, and for which identity.
 func (e *endpoint) errorf(format string, args ...any) *fetchError {
 	text := e.secrets.safe(fmt.Sprintf(format, args...), maxPiece)
-	text = e.name + " at " + e.url.Host + " " + strings.TrimSpace(text)
+	text = e.address() + " " + strings.TrimSpace(text)
 	if e.clientID != "" {
 		text += " (client_id " + e.clientID + ", from " + e.clientIDFrom + ")"
 	}
@@ -677,6 +728,9 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 		wait := max(failed.retryAfter, jittered)
 		if e.now().Add(wait).After(deadline) {
 			return token{}, err
+		}
+		if e.willRetry != nil {
+			e.willRetry(err)
 		}
 		e.sleep(ctx, wait)
 		if ctx.Err() != nil {
@@ -717,13 +771,14 @@ func (e *endpoint) try(ctx context.Context) (token, error) {
 		failed.retry = errors.Is(err, errExpired)
 		return token{}, failed
 	}
+	t.from = e.address()
 	e.secrets.hide("token", strings.TrimPrefix(t.authorization, "Bearer "))
 	if e.mustEchoID && !strings.EqualFold(t.clientID, e.clientID) {
 		return token{}, e.errorf("gave the token of another identity, as older agents do; " +
 			"unset AZURE_CLIENT_ID")
 	}
 	if e.debug {
-		log.Printf("debug: token from %s at %s, expires %s, next refresh %s", e.name, e.url.Host,
+		log.Printf("debug: token from %s, expires %s, next refresh %s", t.from,
 			t.expires.Format(time.RFC3339), t.refresh.Format(time.RFC3339))
 	}
 	return t, nil

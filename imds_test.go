@@ -560,7 +560,7 @@ func TestUpstream401MakesTokenDueForRefresh(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy := httptest.NewServer(newForwarder(cfg.target, cfg.key, tokens, cfg.secrets))
+	proxy := httptest.NewServer(newForwarder(cfg.targets, cfg.key, tokens, cfg.secrets))
 	defer proxy.Close()
 	for _, tt := range []struct {
 		name    string
@@ -1395,7 +1395,7 @@ func TestNothingTheEndpointSaysLeaksOrForges(t *testing.T) {
 		before := len(log.String())
 		f.answerWith(tt.answer)
 		tokens, _ := newTestTokens(t, f, "IDENTITY_ENDPOINT=URL/msi?code=hidden "+
-			"IDENTITY_HEADER=s3cret AZURE_LOG_LEVEL=debug")
+			"IDENTITY_HEADER=s3cret")
 		_, err := tokens.current(context.Background())
 		line := log.String()[before:]
 		if strings.Count(line, "\n") != 1 || !strings.Contains(line,

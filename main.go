@@ -25,6 +25,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -57,7 +58,10 @@ type variable struct {
 // the target.
 var settings = []variable{
 	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
-		"https://my-aoai.openai.azure.com/openai/", nil}, // see parseTarget
+		"https://my-aoai.openai.azure.com/openai/\n" +
+		"or several of one host, separated by white space; a request\n" +
+		"whose path begins with /anthropic, say, is for the one that\n" +
+		"ends in /anthropic/, and every other for the first", nil}, // see parseTargets
 	{"PORT", "port to listen on, 0 for any free one; 8081 by default", checkPort},
 	{"HOST", "address to listen on; loopback only by default, and every\n" +
 		"interface with EXPECTED_KEY", nil},
@@ -67,7 +71,7 @@ var settings = []variable{
 		"form if TARGET_URL has such a host", checkScope},
 	{"AZURE_CLIENT_ID", "client id of a user-assigned identity; the system-assigned\n" +
 		"one by default", checkHeaderValue},
-	{"AZURE_LOG_LEVEL", "debug adds a line per token fetch and per probe", nil},
+	{"AZURE_LOG_LEVEL", "debug adds a line per answer, token fetch and probe", nil},
 }
 
 // platformVariables are set by the platform, or by who runs the host. They are
@@ -99,6 +103,7 @@ var platformVariables = []variable{
 	{"SSL_CERT_FILE", "by the operator; file of certificate authorities", nil},
 	{"SSL_CERT_DIR", "by the operator; directories of them", nil},
 	{"GODEBUG", "by the operator; settings of the Go library", nil},
+	{"NO_COLOR", "by the operator; if set, -check uses no colour on a terminal", nil},
 }
 
 // tlsDefaults are the defaults of a program for today's Go. go.mod says "go
@@ -165,7 +170,8 @@ func run(args []string, stdout io.Writer) error {
 	}
 	cfg, err := loadConfig(getenv)
 	if *checkOnly {
-		return check(cfg, err, envLines, stdout)
+		colour := isTerminal(stdout) && os.Getenv("NO_COLOR") == ""
+		return check(cfg, err, envLines, stdout, colour)
 	}
 	if err != nil && len(envLines) > 0 {
 		return fmt.Errorf("%w (%s)", err, strings.Join(envLines, "; "))
@@ -201,6 +207,17 @@ func printVariables(out io.Writer, variables []variable) {
 	for _, v := range variables {
 		fmt.Fprintln(out, v.name+indent+strings.ReplaceAll(v.help, "\n", indent))
 	}
+}
+
+// isTerminal tells whether out is a terminal that understands colours. Older
+// ones of Windows do not.
+func isTerminal(out io.Writer) bool {
+	file, ok := out.(*os.File)
+	if !ok || runtime.GOOS == "windows" {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&fs.ModeCharDevice != 0
 }
 
 // version is what the Go toolchain has stamped into the binary.
@@ -339,7 +356,7 @@ func parseDotEnvValue(text string) (value string, ok bool) {
 
 // config is the settings, checked.
 type config struct {
-	target   *url.URL // "https://my-aoai.openai.azure.com/openai/"
+	targets  targets  // "https://my-aoai.openai.azure.com/openai/"
 	host     string   // HOST: "127.0.0.1"; empty if it is not set
 	port     string   // PORT: "8081"
 	hosts    []string // where to listen: "127.0.0.1" and "::1"; "" is every interface
@@ -371,16 +388,16 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	}
 
 	get := func(name string) string { return values[name] }
-	target, err := parseTarget(get("TARGET_URL"))
+	targets, err := parseTargets(get("TARGET_URL"))
 	if err != nil {
 		return nil, fmt.Errorf("TARGET_URL: %w", err)
 	}
 	cfg := &config{
-		target:  target,
+		targets: targets,
 		host:    strings.Trim(get("HOST"), "[]"), // [::1] is how a URL has it
 		port:    cmp.Or(get("PORT"), "8081"),
 		key:     get("EXPECTED_KEY"),
-		scope:   cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(target.Hostname())),
+		scope:   cmp.Or(get("AZURE_OPENAI_SCOPE"), defaultScope(targets[0].Hostname())),
 		debug:   isDebug(get),
 		secrets: &secrets{},
 	}
@@ -393,27 +410,63 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	return cfg, nil
 }
 
-// parseTarget parses TARGET_URL, and supplies a final slash. A value that is
+const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
+
+// parseTargets parses TARGET_URL. If it has several base URLs, the token of one
+// resource is for all of them, and the last segment of its path is the name by
+// which a request chooses one. See upstreamURL.
+func parseTargets(value string) (targets, error) {
+	fields := strings.Fields(value)
+	if len(fields) == 0 {
+		return nil, errors.New("not set; " + wantTarget)
+	}
+	var parsed targets
+	for i, field := range fields {
+		u, err := parseTarget(field)
+		if err != nil && len(fields) > 1 {
+			return nil, fmt.Errorf("base URL %d of %d: %w", i+1, len(fields), err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		parsed = append(parsed, u)
+		first, name := parsed[0], lastSegment(u)
+		if u.Scheme != first.Scheme || u.Host != first.Host {
+			return nil, fmt.Errorf("%s and %s differ in scheme or host; "+
+				"want base URLs of one resource", first, u)
+		}
+		// An empty name begins no path, and v1 begins most.
+		if i > 0 && (name == "" || name == "v1") {
+			return nil, fmt.Errorf("%s is not the first and has no name to choose it by; "+
+				"want one that ends in /anthropic/, for example", u)
+		}
+		for _, other := range parsed[:i] {
+			if lastSegment(other) == name {
+				return nil, fmt.Errorf("%s and %s both end in /%s/, by which requests choose; "+
+					"want different ends", other, u, name)
+			}
+		}
+	}
+	return parsed, nil
+}
+
+// parseTarget parses a base URL, and supplies a final slash. A value that is
 // refused may hold a key, in a query for one, so the errors show no more of it
 // than scheme and host. One that is accepted has no such part, and is logged.
 func parseTarget(value string) (*url.URL, error) {
-	const want = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
-	if value == "" {
-		return nil, errors.New("not set; " + want)
-	}
 	u, err := url.Parse(strings.TrimSuffix(value, "/") + "/")
 	switch {
-	case err != nil || u.Scheme == "" || !hasHost(u) || strings.Contains(value, " "):
-		return nil, errors.New("not a URL with https:// and a host; " + want)
+	case err != nil || u.Scheme == "" || !hasHost(u):
+		return nil, errors.New("not a URL with https:// and a host; " + wantTarget)
 	case u.Scheme != "https" && u.Scheme != "http":
-		return nil, fmt.Errorf("is for %s; %s", u.Scheme, want)
+		return nil, fmt.Errorf("is for %s; %s", u.Scheme, wantTarget)
 	case u.Scheme == "http" && !isLoopback(u.Hostname()):
 		return nil, fmt.Errorf("http://%s would send the token over a network in the clear; "+
 			"want https, or http for localhost only", u.Host)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
-		return nil, errors.New("has a user name, a query or a fragment; " + want)
+		return nil, errors.New("has a user name, a query or a fragment; " + wantTarget)
 	case !isPlainPath(u.Path):
-		return nil, errors.New("has a . or .. in its path, or is escaped twice; " + want)
+		return nil, errors.New("has a . or .. in its path, or is escaped twice; " + wantTarget)
 	}
 	u.Host = strings.ToLower(u.Host)
 	return u, nil
@@ -529,9 +582,11 @@ func newService(cfg *config) *service {
 	s := &service{
 		cfg:       cfg,
 		tokens:    tokens,
-		forwarder: newForwarder(cfg.target, cfg.key, tokens, cfg.secrets),
+		forwarder: newForwarder(cfg.targets, cfg.key, tokens, cfg.secrets),
 		drainTime: 10 * time.Minute,
 	}
+	cfg.endpoint.willRetry = tokens.willRetry
+	s.forwarder.debug = cfg.debug
 	s.server = &http.Server{
 		Handler:                      http.HandlerFunc(s.route),
 		DisableGeneralOptionsHandler: true,             // OPTIONS * is refused as other targets are
@@ -636,20 +691,34 @@ func (s *service) waitForStreams() {
 // logStart says where the proxy listens, who may use it and as whom.
 func (s *service) logStart(listeners []net.Listener) {
 	cfg := s.cfg
-	if !strings.Contains(cfg.target.Path, "openai") {
-		log.Print("warning: " + noOpenAI)
+	for _, u := range cfg.targets {
+		if !isDocumented(u.Path) {
+			log.Print("warning: " + undocumented)
+		}
+	}
+	reach := ""
+	if cfg.host == "" && cfg.key != "" {
+		reach = " (every interface, plain HTTP; HOST=127.0.0.1 for this host only)"
 	}
 	for i, host := range cfg.hosts {
 		_, port, _ := net.SplitHostPort(listeners[i].Addr().String())
-		log.Printf("proxy listening on %s ➜ %s", net.JoinHostPort(host, port), cfg.target)
+		log.Printf("proxy listening on %s ➜ %s%s",
+			net.JoinHostPort(host, port), cfg.targets, reach)
 	}
 	log.Printf("tokens for %s come from %s", cfg.scope, cfg.endpoint)
 	log.Print(cfg.whoMayUseIt())
 }
 
-// noOpenAI warns of a TARGET_URL whose /openai/ may have been forgotten.
-const noOpenAI = "the path of TARGET_URL has no openai in it, which is right for Foundry's " +
-	"/anthropic/ and /models/ or a gateway's own path only"
+// isDocumented tells whether a base URL has the path of one of the APIs that take
+// such tokens.
+func isDocumented(path string) bool {
+	has := func(api string) bool { return strings.Contains(path, api) }
+	return slices.ContainsFunc([]string{"openai", "/anthropic/", "/models/", "/api/projects/"}, has)
+}
+
+// undocumented warns of a TARGET_URL whose /openai/ may have been forgotten.
+const undocumented = "the path of TARGET_URL has no /openai/, /anthropic/ or /models/ in it, " +
+	"which is right for a gateway's own path only"
 
 // whoMayUseIt says who can speak with the identity through the proxy.
 func (c *config) whoMayUseIt() string {
@@ -681,21 +750,21 @@ type finding struct {
 // wrong and what to do. It sends a request for a token and one request to the
 // upstream, which uses no model. cfg and problem are what loadConfig returned,
 // and envLines what there is to say of .env.
-func check(cfg *config, problem error, envLines []string, stdout io.Writer) error {
+func check(cfg *config, problem error, envLines []string, stdout io.Writer, colour bool) error {
 	hidden := &secrets{}
 	if problem == nil {
 		hidden = cfg.secrets
 		log.SetOutput(logWriter{hidden, log.Writer()})
 	}
-	// report prints what steps have found, up to the first that failed.
-	report := func(found ...finding) error {
+	// report prints what steps have found. Its error is for the first that failed.
+	report := func(found ...finding) (err error) {
 		for _, f := range found {
-			f.print(stdout, hidden)
-			if f.failed {
-				return errors.New(f.step + " failed the check")
+			f.print(stdout, hidden, colour)
+			if f.failed && err == nil {
+				err = errors.New(f.step + " failed the check")
 			}
 		}
-		return nil
+		return err
 	}
 
 	for _, line := range envLines {
@@ -706,18 +775,25 @@ func check(cfg *config, problem error, envLines []string, stdout io.Writer) erro
 	}
 	report(checkSettings(cfg)...)
 	report(finding{step: "identity", text: cfg.endpoint.String()})
-	t, found := checkToken(cfg)
-	if err := report(found); err != nil {
+	t, tokenFound := checkToken(cfg)
+	if err := report(tokenFound); err != nil {
 		return err
 	}
-	return report(checkUpstream(cfg, t)...)
+	found, models := checkUpstream(cfg, t)
+	if err := report(found...); err != nil {
+		return err
+	}
+	return report(clientSettings(cfg, models))
 }
 
 // print writes the finding. This is the only place where -check prints.
-func (f finding) print(out io.Writer, hidden *secrets) {
-	label := "ok    "
+func (f finding) print(out io.Writer, hidden *secrets, colour bool) {
+	label, code := "ok    ", "\x1b[32m" // green
 	if f.failed {
-		label = "FAIL  "
+		label, code = "FAIL  ", "\x1b[31m" // red
+	}
+	if colour {
+		label = code + label + "\x1b[0m"
 	}
 	fmt.Fprintf(out, "%s%s: %s\n", label, f.step, hidden.safe(f.text, maxLine))
 	for _, line := range f.below {
@@ -732,7 +808,7 @@ func checkSettings(cfg *config) []finding {
 	}
 	return []finding{
 		{step: "settings", text: fmt.Sprintf("TARGET_URL is %s, the scope %s",
-			cfg.target, cfg.scope)},
+			cfg.targets, cfg.scope)},
 		{step: "settings", text: fmt.Sprintf("to listen on %s, which is not tried; %s",
 			strings.Join(addrs, " and "), cfg.whoMayUseIt())},
 	}
@@ -766,26 +842,41 @@ func hintLines(hints ...string) (lines []string) {
 	return lines
 }
 
-func checkUpstream(cfg *config, t token) []finding {
-	f := newForwarder(cfg.target, cfg.key, nil, cfg.secrets)
-	req := checkRequest(cfg.target)
-	req.Header.Set("Authorization", t.authorization)
+// checkUpstream asks each target for something that uses no model. It returns
+// the models that the service lists, too.
+func checkUpstream(cfg *config, t token) (found []finding, models []string) {
+	f := newForwarder(cfg.targets, cfg.key, nil, cfg.secrets)
 	ctx, cancel := context.WithTimeout(context.Background(), checkTime)
 	defer cancel()
-	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
-	if err != nil {
-		text, hint := f.describeFailure(err)
-		return []finding{{step: "upstream", text: text, failed: true, below: hintLines(hint)}}
+	for i, target := range cfg.targets {
+		req := checkRequest(target)
+		req.Header.Set("Authorization", t.authorization)
+		resp, err := f.transport.RoundTrip(req.WithContext(ctx))
+		if err != nil {
+			text, hint := f.describeFailure(err)
+			failed := finding{step: "upstream", text: text, failed: true, below: hintLines(hint)}
+			return append(found, failed), nil // the others have the same host
+		}
+		body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer)) // a part of it will do
+		resp.Body.Close()
+		if i == 0 && resp.TLS != nil {
+			found = append(found, finding{step: "TLS", text: fmt.Sprintf("%s, certificate of %s",
+				tls.VersionName(resp.TLS.Version), resp.TLS.PeerCertificates[0].Subject)})
+		}
+		text, hint := f.explain(req, resp, body, cfg.clientBase(), t)
+		plain, _ := unpacked(body, resp.Header.Get("Content-Encoding"))
+		asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
+		one := finding{step: "upstream", text: asked + ": " + text}
+		if remark, ok := isRight(target, req, resp.StatusCode, plain); ok {
+			one.text += remark
+		} else {
+			one.failed = true
+			one.below = f.whatToDo(target, req, plain, hint, t)
+		}
+		found = append(found, one)
+		models = append(models, modelIDs(plain)...)
 	}
-	defer resp.Body.Close()
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer)) // a part of it will do
-
-	var found []finding
-	if resp.TLS != nil {
-		found = append(found, finding{step: "TLS", text: fmt.Sprintf("%s, certificate of %s",
-			tls.VersionName(resp.TLS.Version), resp.TLS.PeerCertificates[0].Subject)})
-	}
-	return append(found, f.judge(req, resp, body, t))
+	return found, models
 }
 
 // checkRequest asks for something that only a right URL, token and role get:
@@ -798,55 +889,53 @@ func checkRequest(target *url.URL) *http.Request {
 		header.Set("Anthropic-Version", "2023-06-01")
 		return &http.Request{
 			Method:        http.MethodPost,
-			URL:           upstreamURL(target, "/v1/messages"),
+			URL:           upstreamURL(targets{target}, "/v1/messages"),
 			Header:        header,
 			Body:          io.NopCloser(strings.NewReader("{}")),
 			ContentLength: 2,
 		}
 	}
-	u := upstreamURL(target, "/models")
+	u := upstreamURL(targets{target}, "/models")
 	if !strings.HasSuffix(target.Path, "/v1/") { // v1 has no versions
 		u.RawQuery = "api-version=2024-10-21" // the last that is no preview
 	}
 	return &http.Request{Method: http.MethodGet, URL: u, Header: header}
 }
 
-// judge tells whether resp is the right answer to checkRequest's request.
-func (f *forwarder) judge(req *http.Request, resp *http.Response, body []byte, t token) finding {
-	asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
-	text, hint := f.explain(req, resp, body, t)
-	plain, _ := unpacked(body, resp.Header.Get("Content-Encoding"))
-	found := finding{step: "upstream", text: asked + ": " + text}
-
+// isRight tells whether the answer to checkRequest's request is the right one, and
+// what there is to remark on it. plain is its body.
+func isRight(target *url.URL, req *http.Request, status int, plain []byte) (
+	remark string, ok bool) {
 	isJSON := strings.HasPrefix(strings.TrimSpace(string(plain)), "{")
-	switch status := resp.StatusCode; {
+	switch {
 	case req.Method == http.MethodGet && status == http.StatusOK && isJSON:
-		return found
+		return "", true
 	case req.Method == http.MethodPost && status == http.StatusBadRequest &&
 		errorCode(plain) == "invalid_request_error":
-		found.text += ": as it should of an empty object"
-		return found
-	case f.target.Path == "/models/" && status == http.StatusNotFound:
+		return ": as it should of an empty object", true
+	case target.Path == "/models/" && status == http.StatusNotFound:
 		// Foundry's model inference has no request that uses no model.
-		found.text = asked + ": answered " + statusText(status) +
-			", as services without a list of models do; " +
-			"whether the role is there is not shown"
-		return found
+		return ", as services without a list of models do; " +
+			"whether the role is there is not shown", true
 	}
+	return "", false
+}
 
-	found.failed = true
-	found.below = hintLines(hint)
-	if !strings.Contains(f.target.Path, "openai") {
-		found.below = append(found.below, hintLines(noOpenAI)...)
+// whatToDo are the lines below a wrong answer to req: what is wrong and how to
+// mend it, as far as that is known, and what the service says.
+func (f *forwarder) whatToDo(target *url.URL, req *http.Request, plain []byte, hint string,
+	t token) []string {
+	lines := hintLines(hint)
+	if !isDocumented(target.Path) {
+		lines = append(lines, hintLines(undocumented)...)
 	}
 	if len(plain) > 0 {
-		found.below = append(found.below, "it says: "+f.secrets.safe(string(plain), maxPiece))
+		lines = append(lines, "it says: "+f.secrets.safe(string(plain), maxPiece))
 	}
 	if role := roleFor(req.URL.Opaque); strings.Contains(hint, role) {
-		found.below = append(found.below,
-			roleCommand(role, t.claims().Object, req.URL.Hostname())...)
+		lines = append(lines, roleCommand(role, t.claims().Object, req.URL.Hostname())...)
 	}
-	return found
+	return lines
 }
 
 // roleCommand gives the identity a role on the resource whose host this is. It is
@@ -864,4 +953,55 @@ func roleCommand(role, object, host string) []string {
 		`  --scope "$(az cognitiveservices account list \`,
 		`  --query "[?properties.customSubDomainName=='` + resource + `'].id" --output tsv)"`,
 	}
+}
+
+// modelIDs are the models of a list, the first few of them.
+func modelIDs(body []byte) (ids []string) {
+	var list struct{ Data []struct{ ID any } }
+	json.Unmarshal(body, &list)
+	for _, model := range list.Data {
+		if id := identifier(model.ID); id != "" && len(ids) < 5 {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// clientBase is where a client on this host reaches the proxy.
+func (c *config) clientBase() string {
+	host, port := cmp.Or(c.host, "localhost"), c.port
+	if net.ParseIP(host).IsUnspecified() { // 0.0.0.0 and :: are every address
+		host = "localhost"
+	}
+	if port == "0" {
+		port = "PORT"
+	}
+	return "http://" + net.JoinHostPort(host, port)
+}
+
+// clientSettings is what to put into a client.
+func clientSettings(cfg *config, models []string) finding {
+	var lines []string
+	for i, u := range cfg.targets {
+		base := cfg.targets.clientURL(i, cfg.clientBase())
+		switch {
+		case strings.Contains(u.Path, "/anthropic/"):
+			lines = append(lines, "base URL for Claude: "+base)
+		case strings.Contains(u.Path, "openai"):
+			lines = append(lines, "base URL: "+base+"/v1, or "+base+
+				" where the client asks for an Azure endpoint or adds /v1 itself")
+		default:
+			lines = append(lines, "base URL: "+base)
+		}
+	}
+	if cfg.key == "" {
+		lines = append(lines, "key: any text, as there is no EXPECTED_KEY")
+	} else {
+		lines = append(lines, "key: EXPECTED_KEY, where the client asks for an API key")
+	}
+	if len(models) > 0 {
+		lines = append(lines, "models: "+strings.Join(models, ", ")+
+			"; if a client's model is not found, it wants the name of a deployment")
+	}
+	return finding{step: "clients", text: lines[0], below: lines[1:]}
 }
