@@ -1280,8 +1280,10 @@ func (f *forwarder) pathMistake(req *http.Request, base string) string {
 	clientURL := f.targets.clientURL(i, base)
 	switch {
 	case begins("v1/v1/", "v1/openai/", "v1/deployments/"):
-		return "the client adds this itself: leave /v1 out of its base URL, " + clientURL +
-			", and out of TARGET_URL"
+		if strings.HasSuffix(f.targets[i].Path, "/v1/") {
+			return "the client adds /v1 or what replaces it: leave it out of TARGET_URL"
+		}
+		return "the client adds this itself: leave /v1 out of its base URL, as in " + clientURL
 	case api == openAI && begins("messages", "v1/messages"):
 		for i, u := range f.targets {
 			if strings.Contains(u.Path, claude) {

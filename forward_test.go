@@ -3642,7 +3642,7 @@ func TestUpstreamHints(t *testing.T) {
 func TestMistakesInAPathAreNamed(t *testing.T) {
 	const openAI, claude, both = "/openai/", "/anthropic/", "/openai/ {URL}/anthropic/"
 	const lacksV1, addsIt = "the client's base URL lacks /v1: give it http://{host}/v1",
-		"the client adds this itself: leave /v1 out of its base URL, http://{host},"
+		"the client adds this itself: leave /v1 out of its base URL, as in http://{host}"
 	tests := []struct{ name, base, target, want string }{
 		{"chat without v1", openAI, "/chat/completions", lacksV1},
 		{"Responses without v1", openAI, "/openai/responses", lacksV1},
@@ -3660,7 +3660,9 @@ func TestMistakesInAPathAreNamed(t *testing.T) {
 		{"v1 before openai", openAI, "/v1/openai/deployments/d/x?api-version=2024-10-21", addsIt},
 		{"v1 before deployments", openAI, "/v1/deployments/d/x?api-version=2024-10-21", addsIt},
 		{"v1 of TARGET_URL before deployments", "/openai/v1/", "/deployments/d/x?api-version=1",
-			"and out of TARGET_URL"},
+			"leave it out of TARGET_URL"},
+		{"v1 twice, TARGET_URL's among them", "/openai/v1/", "/v1/v1/models",
+			"leave it out of TARGET_URL"},
 		{"Claude at GPT's", openAI, "/v1/messages?beta=true",
 			"Claude needs a TARGET_URL that ends in /anthropic/"},
 		{"Claude's tokens counted at GPT's", both, "/v1/messages/count_tokens",

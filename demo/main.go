@@ -9,10 +9,13 @@
 // Ctrl-C ends it, and what it made is gone then. (go run passes no other signal
 // on: a kill has to go to the demo itself.)
 //
-// The stand-in is an identity endpoint (IMDS), which gives tokens, and an Azure
-// OpenAI resource, which accepts nothing else: models, chat completions and
-// responses, embeddings and a realtime WebSocket that echoes. Each answer is
-// the same sentence.
+// The stand-in is an identity endpoint (IMDS), which gives tokens, and a Foundry
+// resource, which accepts nothing else. It has models, chat completions,
+// responses, embeddings and a realtime WebSocket that echoes under /openai/, and
+// Claude's messages under /anthropic/. It is as strict as Azure with paths,
+// api-versions, the names of deployments and parameters, so that a client that
+// works here is set up right. Each answer is the same sentence; but a client that
+// offers tools has one of them called first, once.
 package main
 
 import (
@@ -34,6 +37,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -82,7 +86,7 @@ func run(ctx context.Context, once bool) error {
 		return err
 	}
 	settings["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = identityURL
-	settings["TARGET_URL"] = resourceURL + "/openai/"
+	settings["TARGET_URL"] = resourceURL + "/openai/ " + resourceURL + "/anthropic/"
 
 	p, err := startProxy(ctx, settings)
 	if err != nil {
@@ -99,7 +103,11 @@ func run(ctx context.Context, once bool) error {
 	if err := client.showChat(ctx); err != nil {
 		return err
 	}
-	fmt.Printf(pasteLines, p.url, quoted(client.key), quoted("api-key: "+client.key))
+	openCode, _ := json.Marshal(object{"provider": object{"azure": object{
+		"options": object{"baseURL": p.url + "/v1", "apiKey": client.key},
+		"models":  object{"gpt-5.1": object{}}}}})
+	fmt.Printf(pasteLines, p.url, quoted(client.key), quoted("api-key: "+client.key),
+		quoted(string(openCode)))
 	select {
 	case <-ctx.Done():
 		return nil
@@ -113,8 +121,8 @@ func quoted(text string) string {
 	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
 }
 
-// pasteLines are for other clients; 1 is the proxy's URL, 2 its key, and 3 the
-// header with the key.
+// pasteLines are for other clients; 1 is the proxy's URL, 2 its key, 3 the header
+// with the key, and 4 the configuration of opencode.
 const pasteLines = `
 The proxy is up until Ctrl-C. Paste into another terminal:
 
@@ -134,6 +142,22 @@ codex (npm install -g @openai/codex):
       -c model_providers.azure.name=Azure -c model_providers.azure.base_url=%[1]s/v1 \
       -c model_providers.azure.env_key=AZURE_API_KEY -c model_providers.azure.wire_api=responses \
       'Who are you?'
+
+Claude Code (npm install -g @anthropic-ai/claude-code):
+    ANTHROPIC_BASE_URL=%[1]s/anthropic ANTHROPIC_AUTH_TOKEN=%[2]s \
+      ANTHROPIC_MODEL=claude-sonnet-4-5 ANTHROPIC_DEFAULT_HAIKU_MODEL=claude-haiku-4-5 \
+      claude -p 'Who are you?'
+
+GitHub Copilot CLI (npm install -g @github/copilot):
+    COPILOT_PROVIDER_TYPE=azure COPILOT_PROVIDER_BASE_URL=%[1]s COPILOT_PROVIDER_API_KEY=%[2]s \
+      COPILOT_MODEL=gpt-5.1 COPILOT_PROVIDER_WIRE_API=responses copilot -p 'Who are you?'
+
+opencode (npm install -g opencode-ai):
+    OPENCODE_CONFIG_CONTENT=%[4]s \
+      opencode run -m azure/gpt-5.1 'Who are you?'
+
+qwen-code (npm install -g @qwen-code/qwen-code):
+    OPENAI_BASE_URL=%[1]s/v1 OPENAI_API_KEY=%[2]s OPENAI_MODEL=gpt-4o qwen -p 'Who are you?'
 
 `
 
@@ -316,8 +340,60 @@ func (c *client) check(ctx context.Context) error {
 		{"chat in one piece", func() error {
 			return c.checkPost(ctx, "/v1/chat/completions", `{"model":"gpt-4o"}`, 200, sentence)
 		}},
+		{"usage of a streamed chat", func() error {
+			return c.checkPost(ctx, "/v1/chat/completions", `{"model":"gpt-4o","stream":true,`+
+				`"stream_options":{"include_usage":true}}`, 200, `"total_tokens":20`)
+		}},
 		{"streamed response", func() error {
-			return c.checkPost(ctx, "/v1/responses", `{"stream":true}`, 200, "response.completed")
+			return c.checkPost(ctx, "/v1/responses", `{"model":"gpt-5.1","stream":true}`, 200,
+				"response.completed")
+		}},
+		{"streamed message of Claude", func() error {
+			return c.checkPost(ctx, "/anthropic/v1/messages",
+				`{"model":"claude-sonnet-4-5","stream":true}`, 200, "message_stop")
+		}},
+		{"tool call in chat", func() error {
+			return c.checkPost(ctx, "/v1/chat/completions", `{"model":"gpt-4o","tools":[`+
+				`{"type":"function","function":{"name":"Bash","parameters":{"type":"object",`+
+				`"required":["command"],"properties":{"command":{"type":"string"}}}}}]}`, 200,
+				`"arguments":"{\"command\":\"echo hello\"}"`)
+		}},
+		{"tool call in a response", func() error {
+			return c.checkPost(ctx, "/v1/responses", `{"model":"gpt-5.1","tools":[`+
+				`{"type":"function","name":"f","parameters":{}}]}`, 200, `"name":"f"`)
+		}},
+		{"tool result in a response", func() error {
+			return c.checkPost(ctx, "/v1/responses", `{"model":"gpt-5.1","tools":[`+
+				`{"type":"function","name":"f","parameters":{}}],"input":[`+
+				`{"type":"function_call_output","output":"done"}]}`, 200, "done")
+		}},
+		{"tool call of Claude", func() error {
+			return c.checkPost(ctx, "/anthropic/v1/messages", `{"model":"claude-sonnet-4-5",`+
+				`"tools":[{"name":"f","input_schema":{}}]}`, 200, `"stop_reason":"tool_use"`)
+		}},
+		{"path without v1", func() error {
+			return c.checkPost(ctx, "/chat/completions", `{"model":"gpt-4o"}`, 404,
+				"Resource not found")
+		}},
+		{"classic path without a version", func() error {
+			return c.checkPost(ctx, "/deployments/gpt-4o/chat/completions", `{}`, 404,
+				"Resource not found")
+		}},
+		{"empty path segment", func() error {
+			return c.checkPost(ctx, "/v1//responses", `{"model":"gpt-4o"}`, 404,
+				"Resource not found")
+		}},
+		{"version on v1", func() error {
+			return c.checkPost(ctx, "/v1/responses?api-version=2024-10-21", `{"model":"gpt-4o"}`,
+				400, `"param":"api-version"`)
+		}},
+		{"model that is not deployed", func() error {
+			return c.checkPost(ctx, "/v1/responses", `{"model":"gpt-6"}`, 404,
+				"DeploymentNotFound")
+		}},
+		{"max_tokens with gpt-5", func() error {
+			return c.checkPost(ctx, "/v1/chat/completions", `{"model":"gpt-5.1","max_tokens":1}`,
+				400, `"param":"max_tokens"`)
 		}},
 		{"wrong key", func() error {
 			stranger := &client{base: c.base, key: "wrong"}
@@ -422,48 +498,98 @@ func (s *standIn) identity(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// resource is Azure OpenAI. It accepts its token and no key.
+// resource is Azure OpenAI and Claude on Foundry. It accepts its token and no
+// key, and as strictly as the real one, only paths, models and parameters that
+// it knows.
 func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("apim-request-id", fmt.Sprintf("demo-%d", time.Now().UnixNano()))
-	if r.Header.Get("Authorization") != "Bearer "+accessToken || r.Header.Get("Api-Key") != "" {
-		writeError(w, http.StatusUnauthorized, "401",
+	if r.Header.Get("Authorization") != "Bearer "+accessToken ||
+		r.Header.Get("Api-Key") != "" || r.Header.Get("X-Api-Key") != "" {
+		writeError(w, http.StatusUnauthorized, "401", "",
 			"Access token is missing, invalid, audience is incorrect or have expired.")
 		return
 	}
-	path := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/openai"), "/v1")
-	if strings.HasPrefix(path, "/deployments/") {
-		path = "/" + strings.Join(strings.Split(path, "/")[3:], "/")
+	var asked request
+	body, _ := io.ReadAll(r.Body)
+	json.Unmarshal(body, &asked)
+	asked.turn = turn{text: sentence}
+
+	api, operation := split(r.URL.Path)
+	version := r.URL.Query().Get("api-version")
+	isDated := strings.HasPrefix(version, "20")
+	switch {
+	case api == "/openai/" && !isDated:
+		operation = "" // without a version there is nothing here
+	case api == "/openai/" && strings.HasPrefix(operation, "deployments/"):
+		parts := strings.SplitN(operation, "/", 3)
+		asked.Model, operation = parts[1], parts[len(parts)-1]
 	}
-	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") && path != "/realtime" {
-		// codex goes on over HTTP then.
-		writeError(w, http.StatusUpgradeRequired, "426", "no WebSocket here")
+	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") && operation != "realtime" {
+		// codex and Copilot CLI go on over HTTP then.
+		writeError(w, http.StatusUpgradeRequired, "426", "", "no WebSocket here")
 		return
 	}
-	var request struct {
-		Model    string
-		Stream   bool
-		Encoding string `json:"encoding_format"`
-	}
-	body, _ := io.ReadAll(r.Body)
-	json.Unmarshal(body, &request)
-	switch path {
-	case "/chat/completions":
-		s.chat(w, request.Model, request.Stream)
-	case "/responses":
-		s.responses(w, request.Model, request.Stream)
-	case "/embeddings":
-		embeddings(w, request.Encoding)
-	case "/models":
-		models := []object{
-			{"id": "gpt-4o", "object": "model"},
-			{"id": "gpt-5-codex", "object": "model"},
-		}
-		writeJSON(w, http.StatusOK, object{"object": "list", "data": models, "models": []any{}})
-	case "/realtime":
-		realtime(w, r)
+
+	isClaude := api == "/anthropic/v1/"
+	needsModel := false
+	var answer func()
+	switch {
+	case !isClaude && operation == "models":
+		answer = func() { listModels(w) }
+	case !isClaude && operation == "realtime":
+		answer = func() { realtime(w, r) }
+	case !isClaude && operation == "embeddings":
+		needsModel, answer = true, func() { embeddings(w, asked.Encoding) }
+	case !isClaude && operation == "chat/completions":
+		needsModel, answer = true, func() { s.chat(w, &asked) }
+	case !isClaude && operation == "responses":
+		needsModel, answer = true, func() { s.responses(w, &asked) }
+	case isClaude && operation == "messages" && asked.Model == "":
+		writeError(w, http.StatusBadRequest, "invalid_request_error", "", "model: Field required")
+		return
+	case isClaude && operation == "messages":
+		needsModel, answer = true, func() { s.messages(w, &asked) }
+	case isClaude && operation == "messages/count_tokens":
+		answer = func() { writeJSON(w, http.StatusOK, object{"input_tokens": 3}) }
 	default:
-		writeError(w, http.StatusNotFound, "404", "Resource not found")
+		writeError(w, http.StatusNotFound, "404", "", "Resource not found")
+		return
 	}
+	if api == "/openai/v1/" && isDated {
+		writeError(w, http.StatusBadRequest, "BadRequest", "api-version",
+			"api-version query parameter is not allowed when using /v1 path")
+		return
+	}
+	if needsModel && !slices.Contains(deployments, asked.Model) {
+		writeError(w, http.StatusNotFound, "DeploymentNotFound", "",
+			"The API deployment for this resource does not exist. If you created the deployment "+
+				"within the last 5 minutes, please wait a moment and try again.")
+		return
+	}
+	answer()
+}
+
+// split separates the path of an API from that of an operation in it.
+func split(path string) (api, operation string) {
+	for _, api := range []string{"/openai/v1/", "/openai/", "/anthropic/v1/"} {
+		if operation, ok := strings.CutPrefix(path, api); ok {
+			return api, operation
+		}
+	}
+	return "", ""
+}
+
+// deployments have the names of their models.
+var deployments = []string{"gpt-4o", "gpt-5.1", "gpt-5-codex", "text-embedding-3-small",
+	"claude-sonnet-4-5", "claude-haiku-4-5"}
+
+func listModels(w http.ResponseWriter) {
+	var models []object
+	for _, name := range deployments {
+		models = append(models, object{"id": name, "object": "model"})
+	}
+	// codex looks for a list called models.
+	writeJSON(w, http.StatusOK, object{"object": "list", "data": models, "models": []any{}})
 }
 
 func writeJSON(w http.ResponseWriter, status int, body object) {
@@ -473,29 +599,204 @@ func writeJSON(w http.ResponseWriter, status int, body object) {
 	w.Write(text)
 }
 
-func writeError(w http.ResponseWriter, status int, code, message string) {
-	writeJSON(w, status, object{"error": object{"code": code, "message": message}})
+// writeError answers as Azure does. param may be empty.
+func writeError(w http.ResponseWriter, status int, code, param, message string) {
+	fields := object{"code": code, "message": message}
+	if code == "invalid_request_error" { // this is how Claude's look
+		fields = object{"type": code, "message": message}
+	}
+	if param != "" {
+		fields["param"], fields["type"] = param, "invalid_request_error"
+	}
+	writeJSON(w, status, object{"type": "error", "error": fields})
 }
 
-// chat answers a chat completion.
-func (s *standIn) chat(w http.ResponseWriter, model string, stream bool) {
-	message := func(key string, content object, finish any) object {
-		choice := object{"index": 0, key: content, "finish_reason": finish}
-		return object{"id": "chatcmpl-demo", "object": "chat.completion.chunk",
-			"created": 1760000000, "model": model, "choices": []object{choice}}
+// request has the fields that the stand-in looks at, of all three APIs.
+type request struct {
+	Model         string
+	Stream        bool
+	Encoding      string `json:"encoding_format"`
+	MaxTokens     any    `json:"max_tokens"`
+	StreamOptions struct {
+		IncludeUsage bool `json:"include_usage"`
+	} `json:"stream_options"`
+	Messages []object // of chat and of Claude
+	Input    any      // of responses: a text, or a list of objects
+	Tools    []object
+
+	turn turn
+}
+
+// turn is what the model does: it calls a tool, or says something.
+type turn struct {
+	tool      string // empty for none
+	arguments object
+	text      string
+}
+
+// toolsTried are tools of coding agents, in the order in which they are tried.
+// With the arguments that they get here they do no harm, and the agents run them
+// without asking.
+var toolsTried = []string{
+	"exec_command", "shell", // codex
+	"Bash", // Claude Code
+	"read", // opencode
+	"glob", // GitHub Copilot CLI and qwen-code
+}
+
+// decide calls one of the tools that the client offers, or the first of them if
+// it knows none. If results has the text of earlier ones, the last is put into
+// the answer. Each tool has a name, and a JSON schema of its arguments under key.
+func (q *request) decide(tools []object, key string, results []string) {
+	if len(results) > 0 {
+		last := results[len(results)-1]
+		q.turn.text += fmt.Sprintf(" The tool's answer began with %.60q.", last)
+		return
 	}
-	if !stream {
-		answer := message("message", object{"role": "assistant", "content": sentence}, "stop")
-		answer["object"] = "chat.completion"
+	tried := append(slices.Clone(toolsTried), "") // the last is for the first of all
+	for _, name := range tried {
+		for _, tool := range tools {
+			offered, _ := tool["name"].(string)
+			if name != "" && name != offered {
+				continue
+			}
+			schema, _ := tool[key].(object)
+			q.turn = turn{tool: offered, arguments: example(schema, "").(object)}
+			return
+		}
+	}
+}
+
+// example is a value that a JSON schema allows; name is the parameter's.
+func example(schema object, name string) any {
+	if values, ok := schema["enum"].([]any); ok && len(values) > 0 {
+		return values[0]
+	}
+	kind, _ := schema["type"].(string)
+	if kinds, ok := schema["type"].([]any); ok && len(kinds) > 0 {
+		if slices.Contains(kinds, any("null")) {
+			return nil
+		}
+		kind, _ = kinds[0].(string)
+	}
+	name = strings.ToLower(name)
+	has := func(part string) bool { return strings.Contains(name, part) }
+	switch {
+	case kind == "object" || name == "":
+		properties, _ := schema["properties"].(object)
+		required, _ := schema["required"].([]any)
+		value := object{}
+		for _, name := range required {
+			property, _ := properties[fmt.Sprint(name)].(object)
+			value[fmt.Sprint(name)] = example(property, fmt.Sprint(name))
+		}
+		return value
+	case kind == "array" && has("command"):
+		return []string{"echo", "hello"}
+	case kind == "array":
+		items, _ := schema["items"].(object)
+		return []any{example(items, "item")}
+	case kind == "number" || kind == "integer":
+		return 1
+	case kind == "boolean":
+		return false
+	case has("command") || name == "cmd" || has("script"):
+		return "echo hello"
+	case has("pattern"):
+		return "*"
+	case has("path") || has("dir") || has("file"):
+		return "."
+	}
+	return "hello"
+}
+
+// textOf is the text in a content, which may have parts.
+func textOf(content any) string {
+	switch content := content.(type) {
+	case string:
+		return content
+	case []any:
+		var texts []string
+		for _, part := range content {
+			texts = append(texts, textOf(part))
+		}
+		return strings.Join(texts, " ")
+	case object:
+		for _, key := range []string{"text", "content", "output"} {
+			if text := textOf(content[key]); text != "" {
+				return text
+			}
+		}
+	}
+	return ""
+}
+
+// usage is what a turn is said to cost.
+const inputTokens, outputTokens = 3, 17
+
+// chat answers a chat completion.
+func (s *standIn) chat(w http.ResponseWriter, q *request) {
+	if q.MaxTokens != nil && strings.HasPrefix(q.Model, "gpt-5") {
+		writeError(w, http.StatusBadRequest, "unsupported_parameter", "max_tokens",
+			"Unsupported parameter: 'max_tokens' is not supported with this model. "+
+				"Use 'max_completion_tokens' instead.")
+		return
+	}
+	var tools []object
+	for _, tool := range q.Tools {
+		if function, ok := tool["function"].(object); ok {
+			tools = append(tools, function)
+		}
+	}
+	var results []string
+	for _, message := range q.Messages {
+		if message["role"] == "tool" {
+			results = append(results, textOf(message["content"]))
+		}
+	}
+	q.decide(tools, "parameters", results)
+
+	finish := "stop"
+	message := object{"role": "assistant", "content": q.turn.text}
+	if q.turn.tool != "" {
+		finish = "tool_calls"
+		arguments, _ := json.Marshal(q.turn.arguments)
+		message["content"] = nil
+		message["tool_calls"] = []object{{"index": 0, "id": "call_demo", "type": "function",
+			"function": object{"name": q.turn.tool, "arguments": string(arguments)}}}
+	}
+	usage := object{"prompt_tokens": inputTokens, "completion_tokens": outputTokens,
+		"total_tokens": inputTokens + outputTokens}
+	completion := func(kind string, choices ...object) object {
+		return object{"id": "chatcmpl-demo", "object": kind, "created": 1760000000,
+			"model": q.Model, "choices": choices}
+	}
+	if !q.Stream {
+		answer := completion("chat.completion",
+			object{"index": 0, "message": message, "finish_reason": finish})
+		answer["usage"] = usage
 		writeJSON(w, http.StatusOK, answer)
 		return
 	}
 	w.Header().Set("Content-Type", "text/event-stream")
-	s.sendEvent(w, "", message("delta", object{"role": "assistant", "content": ""}, nil))
-	for _, word := range strings.SplitAfter(sentence, " ") {
-		s.sendEvent(w, "", message("delta", object{"content": word}, nil))
+	send := func(delta object, finish any) {
+		s.sendEvent(w, "", completion("chat.completion.chunk",
+			object{"index": 0, "delta": delta, "finish_reason": finish}))
 	}
-	s.sendEvent(w, "", message("delta", object{}, "stop"))
+	if q.turn.tool != "" {
+		send(message, nil)
+	} else {
+		send(object{"role": "assistant", "content": ""}, nil)
+		for _, word := range strings.SplitAfter(q.turn.text, " ") {
+			send(object{"content": word}, nil)
+		}
+	}
+	send(object{}, finish)
+	if q.StreamOptions.IncludeUsage {
+		last := completion("chat.completion.chunk")
+		last["choices"], last["usage"] = []object{}, usage
+		s.sendEvent(w, "", last)
+	}
 	io.WriteString(w, "data: [DONE]\n\n")
 }
 
@@ -512,19 +813,39 @@ func (s *standIn) sendEvent(w http.ResponseWriter, name string, data object) {
 
 // responses answers on the Responses API, whose stream has an event for the
 // beginning and the end of every part.
-func (s *standIn) responses(w http.ResponseWriter, model string, stream bool) {
-	part := object{"type": "output_text", "text": sentence, "annotations": []any{}}
+func (s *standIn) responses(w http.ResponseWriter, q *request) {
+	isOther := func(tool object) bool { return tool["type"] != "function" }
+	var results []string
+	items, _ := q.Input.([]any)
+	for _, item := range items {
+		if item, ok := item.(object); ok && item["type"] == "function_call_output" {
+			results = append(results, textOf(item["output"]))
+		}
+	}
+	q.decide(slices.DeleteFunc(q.Tools, isOther), "parameters", results)
+
+	part := object{"type": "output_text", "text": q.turn.text, "annotations": []any{}}
 	item := object{"id": "msg_demo", "type": "message", "status": "completed",
 		"role": "assistant", "content": []any{part}}
-	response := object{"id": "resp_demo", "object": "response", "created_at": 1760000000,
-		"model": model, "status": "completed", "output": []any{item},
-		"usage": object{"input_tokens": 3, "output_tokens": 17, "total_tokens": 20,
-			"input_tokens_details":  object{"cached_tokens": 0},
-			"output_tokens_details": object{"reasoning_tokens": 0}}}
-	if !stream {
-		writeJSON(w, http.StatusOK, response)
+	arguments, _ := json.Marshal(q.turn.arguments)
+	if q.turn.tool != "" {
+		item = object{"id": "fc_demo", "type": "function_call", "status": "completed",
+			"call_id": "call_demo", "name": q.turn.tool, "arguments": string(arguments)}
+	}
+	response := func(status string, output ...any) object {
+		return object{"id": "resp_demo", "object": "response", "created_at": 1760000000,
+			"model": q.Model, "status": status, "output": output}
+	}
+	completed := response("completed", item)
+	completed["usage"] = object{"input_tokens": inputTokens, "output_tokens": outputTokens,
+		"total_tokens":          inputTokens + outputTokens,
+		"input_tokens_details":  object{"cached_tokens": 0},
+		"output_tokens_details": object{"reasoning_tokens": 0}}
+	if !q.Stream {
+		writeJSON(w, http.StatusOK, completed)
 		return
 	}
+
 	w.Header().Set("Content-Type", "text/event-stream")
 	number := 0
 	send := func(kind string, fields object) {
@@ -532,23 +853,93 @@ func (s *standIn) responses(w http.ResponseWriter, model string, stream bool) {
 		number++
 		s.sendEvent(w, kind, fields)
 	}
-	ofPart := func(fields object) object {
-		fields["item_id"], fields["output_index"], fields["content_index"] = "msg_demo", 0, 0
+	ofItem := func(fields object) object {
+		fields["item_id"], fields["output_index"] = item["id"], 0
 		return fields
 	}
-	send("response.created", object{"response": object{"id": "resp_demo", "object": "response",
-		"created_at": 1760000000, "model": model, "status": "in_progress", "output": []any{}}})
-	send("response.output_item.added", object{"output_index": 0, "item": object{"id": "msg_demo",
-		"type": "message", "status": "in_progress", "role": "assistant", "content": []any{}}})
-	send("response.content_part.added", ofPart(object{"part": object{"type": "output_text",
-		"text": "", "annotations": []any{}}}))
-	for _, word := range strings.SplitAfter(sentence, " ") {
-		send("response.output_text.delta", ofPart(object{"delta": word}))
+	begun := object{}
+	for name, value := range item {
+		begun[name] = value
 	}
-	send("response.output_text.done", ofPart(object{"text": sentence}))
-	send("response.content_part.done", ofPart(object{"part": part}))
+	begun["status"] = "in_progress"
+	send("response.created", object{"response": response("in_progress", []any{}...)})
+	if q.turn.tool != "" {
+		begun["arguments"] = ""
+		send("response.output_item.added", object{"output_index": 0, "item": begun})
+		send("response.function_call_arguments.delta", ofItem(object{"delta": string(arguments)}))
+		send("response.function_call_arguments.done",
+			ofItem(object{"arguments": string(arguments), "name": q.turn.tool}))
+	} else {
+		begun["content"] = []any{}
+		send("response.output_item.added", object{"output_index": 0, "item": begun})
+		send("response.content_part.added", ofItem(object{"content_index": 0,
+			"part": object{"type": "output_text", "text": "", "annotations": []any{}}}))
+		for _, word := range strings.SplitAfter(q.turn.text, " ") {
+			send("response.output_text.delta", ofItem(object{"content_index": 0, "delta": word}))
+		}
+		send("response.output_text.done", ofItem(object{"content_index": 0, "text": q.turn.text}))
+		send("response.content_part.done", ofItem(object{"content_index": 0, "part": part}))
+	}
 	send("response.output_item.done", object{"output_index": 0, "item": item})
-	send("response.completed", object{"response": response})
+	send("response.completed", object{"response": completed})
+}
+
+// messages answers as Claude does.
+func (s *standIn) messages(w http.ResponseWriter, q *request) {
+	isOther := func(tool object) bool { return tool["input_schema"] == nil }
+	var results []string
+	for _, message := range q.Messages {
+		blocks, _ := message["content"].([]any)
+		for _, block := range blocks {
+			if block, ok := block.(object); ok && block["type"] == "tool_result" {
+				results = append(results, textOf(block["content"]))
+			}
+		}
+	}
+	q.decide(slices.DeleteFunc(q.Tools, isOther), "input_schema", results)
+
+	finish := "end_turn"
+	block := object{"type": "text", "text": q.turn.text}
+	if q.turn.tool != "" {
+		finish = "tool_use"
+		block = object{"type": "tool_use", "id": "toolu_demo", "name": q.turn.tool,
+			"input": q.turn.arguments}
+	}
+	usage := object{"input_tokens": inputTokens, "output_tokens": outputTokens}
+	message := func(finish any, content ...any) object {
+		return object{"id": "msg_demo", "type": "message", "role": "assistant",
+			"model": q.Model, "content": content, "stop_reason": finish, "stop_sequence": nil,
+			"usage": usage}
+	}
+	if !q.Stream {
+		writeJSON(w, http.StatusOK, message(finish, block))
+		return
+	}
+	w.Header().Set("Content-Type", "text/event-stream")
+	send := func(kind string, fields object) {
+		fields["type"] = kind
+		s.sendEvent(w, kind, fields)
+	}
+	delta := func(kind, key, text string) {
+		send("content_block_delta", object{"index": 0, "delta": object{"type": kind, key: text}})
+	}
+	send("message_start", object{"message": message(nil, []any{}...)})
+	if q.turn.tool != "" {
+		send("content_block_start", object{"index": 0, "content_block": object{
+			"type": "tool_use", "id": "toolu_demo", "name": q.turn.tool, "input": object{}}})
+		arguments, _ := json.Marshal(q.turn.arguments)
+		delta("input_json_delta", "partial_json", string(arguments))
+	} else {
+		send("content_block_start", object{"index": 0, "content_block": object{
+			"type": "text", "text": ""}})
+		for _, word := range strings.SplitAfter(q.turn.text, " ") {
+			delta("text_delta", "text", word)
+		}
+	}
+	send("content_block_stop", object{"index": 0})
+	send("message_delta", object{"delta": object{"stop_reason": finish, "stop_sequence": nil},
+		"usage": usage})
+	send("message_stop", object{})
 }
 
 // embeddings answers with three numbers, or with them as the SDKs ask for
