@@ -1098,8 +1098,8 @@ func (f *forwarder) isProxied() bool {
 	return err == nil && proxy != nil
 }
 
-// explain says what the answer to req, a refusal, means, and what to do about
-// it. base is where the client reaches the proxy: "http://localhost:8081".
+// explain says how req was answered and, of a refusal, what to do about it. base
+// is where the client reaches the proxy: "http://localhost:8081".
 func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []byte,
 	base string, t token) (text, hint string) {
 	plain, canRead := unpacked(beginning, resp.Header.Get("Content-Encoding"))
@@ -1285,9 +1285,9 @@ func (f *forwarder) pathMistake(req *http.Request, base string) string {
 		}
 		return "the client adds this itself: leave /v1 out of its base URL, as in " + clientURL
 	case api == openAI && begins("messages", "v1/messages"):
-		for i, u := range f.targets {
+		for other, u := range f.targets {
 			if strings.Contains(u.Path, claude) {
-				return "Claude's base URL is " + f.targets.clientURL(i, base)
+				return "Claude's base URL is " + f.targets.clientURL(other, base)
 			}
 		}
 		return "Claude needs a TARGET_URL that ends in /anthropic/, beside this one or in its place"

@@ -1287,7 +1287,8 @@ func TestStartTellsOfTheFirstToken(t *testing.T) {
 		p := newTestProxy(t, identity, upstream, nil)
 		p.tokens.lateTime = 0
 		p.start(t)
-		logged.waitFor(t, "no token yet: the identity endpoint has not answered; trying goes on")
+		logged.waitFor(t, "no token yet: IMDS at "+host+" has not answered yet; "+
+			"hint: only Azure hosts have it; trying goes on")
 		close(release)
 		logged.waitFor(t, "token ready: ")
 	})

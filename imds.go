@@ -124,7 +124,7 @@ type tokenSource struct {
 	quietUntil time.Time     // no fetch begins before; set after a failure
 	rejectedAt time.Time     // when a 401 last made held due for refresh
 	turn       chan struct{} // closed and replaced after each turn of run
-	tried      error         // of the last try of the fetch under way, if it goes on
+	tried      error         // why the fetch under way has no token so far
 	toldLate   bool          // the log has said that there is no token yet
 }
 
@@ -235,6 +235,7 @@ func (s *tokenSource) tell(t token, err error) {
 		log.Printf("token ready: object id %s, expires %s, from %s",
 			t.claims().Object, t.expires.Format(time.RFC3339), t.from)
 	case err == nil:
+		// It replaces another, and nobody needs to know.
 	case isFirst && !s.toldLate:
 		s.toldLate = true
 		log.Printf("no token yet: %v; trying goes on", err)
@@ -253,13 +254,10 @@ func (s *tokenSource) tellLate() {
 		return
 	}
 	s.toldLate = true
-	if s.tried == nil {
-		s.tried = errors.New("the identity endpoint has not answered")
-	}
 	log.Printf("no token yet: %v; trying goes on", s.tried)
 }
 
-// willRetry keeps why a try failed, if the fetch goes on, for tellLate.
+// willRetry keeps for tellLate why a fetch that goes on has no token so far.
 func (s *tokenSource) willRetry(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -794,11 +792,16 @@ func (e *endpoint) do(ctx context.Context, req *http.Request) (*http.Response, [
 	}
 	if err != nil {
 		_, reason := explainFailure(err)
-		failed := e.errorf("gave no answer: %s", reason)
-		failed.hint, failed.retry = e.noAnswerHint, true
-		return nil, nil, failed
+		return nil, nil, e.noAnswer("gave no answer: " + reason)
 	}
 	return resp, body, nil
+}
+
+// noAnswer is the error for an endpoint that does not answer.
+func (e *endpoint) noAnswer(what string) *fetchError {
+	failed := e.errorf("%s", what)
+	failed.hint, failed.retry = e.noAnswerHint, true
+	return failed
 }
 
 // refusal is the error for an answer other than 200. It shows the answer's

@@ -585,6 +585,8 @@ func newService(cfg *config) *service {
 		forwarder: newForwarder(cfg.targets, cfg.key, tokens, cfg.secrets),
 		drainTime: 10 * time.Minute,
 	}
+	// The log of a late token says why: first this, and then what went wrong last.
+	tokens.willRetry(cfg.endpoint.noAnswer("has not answered yet"))
 	cfg.endpoint.willRetry = tokens.willRetry
 	s.forwarder.debug = cfg.debug
 	s.server = &http.Server{
