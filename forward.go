@@ -1260,38 +1260,39 @@ func (f *forwarder) pathMistake(req *http.Request, base string) string {
 	if i < 0 {
 		return "" // TARGET_URL's path begins with two slashes
 	}
+	target := f.targets[i]
 	const openAI, claude = "/openai/", "/anthropic/"
 	api := openAI
-	if strings.Contains(f.targets[i].Path, claude) {
+	if strings.Contains(target.Path, claude) {
 		api = claude
 	}
-	_, rest, ok := strings.Cut(req.URL.Opaque, api)
-	if !ok {
+	if !strings.Contains(target.Path, api) {
 		return "" // a gateway's own path
 	}
 
 	// rest is what follows the path of the API. The classic API has versions,
 	// which are dates, and the one of v1 has none.
+	_, rest, _ := strings.Cut(req.URL.Opaque, api)
 	begins := func(beginnings ...string) bool {
-		isPrefix := func(prefix string) bool { return strings.HasPrefix(rest, prefix) }
+		isPrefix := func(prefix string) bool { return strings.HasPrefix(rest+"/", prefix) }
 		return slices.ContainsFunc(beginnings, isPrefix)
 	}
 	version := req.URL.Query().Get("api-version")
 	clientURL := f.targets.clientURL(i, base)
 	switch {
 	case begins("v1/v1/", "v1/openai/", "v1/deployments/"):
-		if strings.HasSuffix(f.targets[i].Path, "/v1/") {
+		if strings.HasSuffix(target.Path, "/v1/") {
 			return "the client adds /v1 or what replaces it: leave it out of TARGET_URL"
 		}
 		return "the client adds this itself: leave /v1 out of its base URL, as in " + clientURL
-	case api == openAI && begins("messages", "v1/messages"):
+	case api == openAI && begins("messages/", "v1/messages/"):
 		for other, u := range f.targets {
 			if strings.Contains(u.Path, claude) {
 				return "Claude's base URL is " + f.targets.clientURL(other, base)
 			}
 		}
 		return "Claude needs a TARGET_URL that ends in /anthropic/, beside this one or in its place"
-	case api == claude && begins("chat/", "v1/chat/", "responses", "v1/responses"):
+	case api == claude && begins("chat/", "v1/chat/", "responses/", "v1/responses/"):
 		return "this is Claude's path: GPT needs a TARGET_URL that ends in /openai/, " +
 			"beside this one or in its place"
 	case begins("deployments/") && version == "":

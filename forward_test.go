@@ -3674,6 +3674,8 @@ func TestMistakesInAPathAreNamed(t *testing.T) {
 			"lacks /v1: give it http://{host}/anthropic/v1"},
 		{"GPT at Claude's", claude, "/v1/chat/completions", "GPT needs a TARGET_URL that ends in"},
 		{"no mistake", openAI, "/v1/files/none", "there is no such path"},
+		{"v1 alone", openAI, "/v1", "there is no such path"},
+		{"TARGET_URL without a path", "/", "/openai/chat/completions", "there is no such path"},
 		{"path of a gateway", "/gateway/", "/chat/completions", "there is no such path"},
 	}
 	for _, tt := range tests {
