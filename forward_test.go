@@ -295,11 +295,18 @@ type program struct {
 // if there is text for it, a .env.
 func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *program {
 	t.Helper()
+	return startProgramFor(t, safetyNet, dotEnv, env, args...)
+}
+
+// startProgramFor is startProgram with another limit of the program's life.
+func startProgramFor(t testing.TB, limit time.Duration, dotEnv string, env vars,
+	args ...string) *program {
+	t.Helper()
 	executable, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), safetyNet)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	p := &program{Cmd: exec.CommandContext(ctx, executable, args...), stderr: newTestLog()}
 	p.Dir = t.TempDir()
 	if dotEnv != "" {
@@ -590,6 +597,7 @@ func TestSettings(t *testing.T) {
 		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
 		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
 		{"any port", "PORT", " 0", "port=0 "},
+		{"delay of the drain", "DRAIN_DELAY", "1m30s", "delay=1m30s"},
 		{"several targets", "TARGET_URL",
 			"https://B.example/openai/\t https://b.example/anthropic\n",
 			"https://b.example/openai/ https://b.example/anthropic/ host="},
@@ -616,8 +624,8 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 			continue
 		}
-		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v", cfg.targets, cfg.host,
-			cfg.port, cfg.key, cfg.scope, cfg.debug)
+		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v delay=%v", cfg.targets,
+			cfg.host, cfg.port, cfg.key, cfg.scope, cfg.debug, cfg.delay)
 		if !strings.Contains(got, tt.want) {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
 		}
@@ -691,6 +699,9 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 		{"proxy for another protocol", "HTTPS_PROXY", "ftp://jane:s3cret@127.0.0.1", encoded},
 		{"port that is a name", "PORT", "http", zero},
 		{"port above 65535", "PORT", "65536", zero},
+		{"delay without a unit", "DRAIN_DELAY", "10", "such as 10s"},
+		{"negative delay", "DRAIN_DELAY", "-1s", "from 0 to 10m0s"},
+		{"endless delay", "DRAIN_DELAY", "10h", "from 0 to 10m0s"},
 		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
 		{"target with a port that does not exist", "TARGET_URL", "https://b.example:99999/openai/",
 			aBase},
@@ -824,8 +835,12 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.env["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = "http://127.0.0.1:1"
 			status, stderr := startProgram(t, tt.dotEnv, tt.env, strings.Fields(tt.arg)...).end()
-			if status != 1 || len(stderr) != 1 {
-				t.Fatalf("got exit status %d and %q, want 1 and one line", status, stderr)
+			want := 78 // settings that have to be changed: EX_CONFIG
+			if tt.arg != "" || strings.HasPrefix(tt.name, "port in use") {
+				want = 1
+			}
+			if status != want || len(stderr) != 1 {
+				t.Fatalf("got exit status %d and %q, want %d and one line", status, stderr, want)
 			}
 			if !strings.HasPrefix(stderr[0], "aoai-proxy: ") ||
 				!strings.Contains(stderr[0], tt.want) {
@@ -1602,6 +1617,357 @@ func TestDrainEndsWhatRunsTooLong(t *testing.T) {
 	if err := echo(); err == nil {
 		t.Error("the tunnel is still open")
 	}
+}
+
+// TestDrainDelayGoesOnAccepting, and tells balancers and clients that it is ending.
+func TestDrainDelayGoesOnAccepting(t *testing.T) {
+	logged := followLog(t)
+	identity := newFakeIdentity(t)
+	upstream := newUpstream(t, fakeAzure(identity, nil))
+	p := startProxy(t, identity, upstream, vars{"DRAIN_DELAY": "10m"})
+	const request = "GET %s HTTP/1.1\r\nHost: {host}\r\n\r\n"
+	kept, r := p.dial(t, fmt.Sprintf(request, "/v1/models"))
+	before, err := http.ReadResponse(r, nil)
+	if err != nil || before.Close {
+		t.Fatalf("before the signal: %v, %v", before, err)
+	}
+	io.Copy(io.Discard, before.Body)
+	p.signals <- syscall.SIGTERM
+	logged.waitFor(t, "stopping: accepts for another 10m0s, while /readyz says 503")
+
+	for path, want := range map[string]string{
+		"/readyz": "503 shutting down\n", "/healthz": "200 ok\n", "/v1/models": "200 ",
+	} {
+		_, r := p.dial(t, strings.ReplaceAll(fmt.Sprintf(request, path), "{host}", p.addr))
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatalf("%s on a new connection: %v", path, err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		got := fmt.Sprintf("%d %s", resp.StatusCode, body)
+		if !strings.HasPrefix(got, want) || !resp.Close {
+			t.Errorf("%s: got %q, Connection: close %v", path, got, resp.Close)
+		}
+		if _, err := r.ReadByte(); err != io.EOF {
+			t.Errorf("%s: the connection goes on with %v", path, err)
+		}
+	}
+	io.WriteString(kept, strings.ReplaceAll(fmt.Sprintf(request, "/v1/models"), "{host}", p.addr))
+	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 200 || !resp.Close {
+		t.Errorf("on a kept connection: got %v, %v", resp, err)
+	}
+
+	p.signals <- syscall.SIGTERM
+	logged.waitFor(t, "stopped")
+	<-p.stopped
+	if conn, err := net.Dial("tcp", p.addr); err == nil {
+		conn.Close()
+		t.Error("after a second signal it accepts")
+	}
+}
+
+// TestSystemdIsToldOfStartAndStop, over a socket that is a file or has an abstract name.
+func TestSystemdIsToldOfStartAndStop(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("systemd is a program of Linux")
+	}
+	short, err := os.MkdirTemp("", "") // a socket's name has 108 bytes at most
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(short)
+	for _, name := range []string{short + "/notify", fmt.Sprintf("@aoai-proxy-test-%d", os.Getpid())} {
+		systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer systemd.Close()
+		systemd.SetDeadline(time.Now().Add(safetyNet))
+		told := func() string {
+			text := make([]byte, 100)
+			n, err := systemd.Read(text)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			return string(text[:n])
+		}
+		p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1", "DRAIN_DELAY": "10m",
+			"TARGET_URL": nobody, "AZURE_POD_IDENTITY_AUTHORITY_HOST": nobody, "NOTIFY_SOCKET": name})
+		if got := told(); got != "READY=1" {
+			t.Errorf("%s: at the start: %q", name, got)
+		}
+		resp, err := http.Get("http://" + p.listens(t) + "/healthz") // the port is open
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		p.Process.Signal(syscall.SIGTERM)
+		if got := told(); got != "STOPPING=1" {
+			t.Errorf("%s: at the stop: %q", name, got)
+		}
+		p.Process.Signal(syscall.SIGTERM)
+		if status, stderr := p.end(); status != 0 ||
+			strings.Contains(strings.Join(stderr, "\n"), "NOTIFY_SOCKET") {
+			t.Errorf("%s: got exit status %d and %q", name, status, stderr)
+		}
+	}
+
+	// A socket that is not there ends nothing.
+	p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1", "TARGET_URL": nobody,
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": nobody, "NOTIFY_SOCKET": short + "/none"})
+	p.stderr.waitFor(t, "NOTIFY_SOCKET: dial unixgram "+short+"/none: ")
+	p.Process.Signal(syscall.SIGTERM)
+	p.stderr.waitFor(t, "stopped")
+}
+
+// TestDrainDelayEnds, and running streams go on after it.
+func TestDrainDelayEnds(t *testing.T) {
+	logged := followLog(t)
+	identity := newFakeIdentity(t)
+	upstream, release := heldUpstream(t, identity)
+	p := startProxy(t, identity, upstream, vars{"DRAIN_DELAY": "1ms"})
+	stream := openStream(t, p.url)
+	p.signals <- syscall.SIGTERM
+	logged.waitFor(t, "draining 1 streams")
+	close(release)
+	if rest, err := io.ReadAll(stream); err != nil || string(rest) != "data: 2\n\n" {
+		t.Errorf("the stream went on with %q, %v", rest, err)
+	}
+	logged.waitFor(t, "stopped")
+	<-p.stopped
+}
+
+// TestRestartsOneByOneLoseNothing: three replicas, processes of their own, are restarted under load
+// behind a balancer that learns of their state late.
+func TestRestartsOneByOneLoseNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute")
+	}
+	if runtime.GOOS == "windows" {
+		t.Skip("has no signals between processes")
+	}
+	const streams, perSecond, events = 50, 50, 20
+	identity := newFakeIdentity(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		if r.URL.Path != "/openai/v1/stream" {
+			io.WriteString(w, "{}")
+			return
+		}
+		w.Header().Set("Content-Type", "text/event-stream")
+		for i := range events {
+			fmt.Fprintf(w, "data: %d\n\n", i)
+			http.NewResponseController(w).Flush()
+			select {
+			case <-time.After(100 * time.Millisecond):
+			case <-r.Context().Done():
+				return
+			}
+		}
+	})
+	b := newBalancer(t)
+	replicas := make([]*program, 3)
+	start := func(i int) {
+		replicas[i] = startProgramFor(t, 5*time.Minute, "", vars{"PORT": "0", "HOST": "127.0.0.1",
+			"TARGET_URL": upstream.URL + "/openai/", "DRAIN_DELAY": "6s",
+			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+		b.add(replicas[i].listens(t))
+	}
+	for i := range replicas {
+		start(i)
+	}
+	b.waitFor(t, len(replicas))
+
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var load sync.WaitGroup
+	var whole, answered atomic.Int64
+	once := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	keeping := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
+	defer keeping.CloseIdleConnections()
+	get := func(client *http.Client, path string) (string, error) {
+		resp, err := client.Get("http://" + b.addr + path)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err == nil && resp.StatusCode != 200 {
+			err = errors.New(resp.Status)
+		}
+		return string(body), err
+	}
+	for range streams {
+		load.Add(1)
+		go func() {
+			defer load.Done()
+			for ctx.Err() == nil {
+				body, err := get(once, "/v1/stream")
+				if err != nil || strings.Count(body, "data: ") != events {
+					t.Errorf("a stream ended with %v after %q", err, body)
+				}
+				whole.Add(1)
+			}
+		}()
+	}
+	load.Add(1)
+	go func() {
+		defer load.Done()
+		tick := time.NewTicker(time.Second / perSecond)
+		defer tick.Stop()
+		for i := 0; ctx.Err() == nil; i++ {
+			<-tick.C
+			client := []*http.Client{once, keeping}[i%2]
+			load.Add(1)
+			go func() {
+				defer load.Done()
+				if _, err := get(client, "/v1/models"); err != nil {
+					t.Errorf("a request, kept connections %v: %v", client == keeping, err)
+				}
+				answered.Add(1)
+			}()
+		}
+	}()
+
+	for i := range replicas {
+		old := replicas[i]
+		old.Process.Signal(syscall.SIGTERM)
+		old.stderr.waitFor(t, "stopped")
+		start(i)
+		b.waitFor(t, len(replicas))
+	}
+	cancel()
+	load.Wait()
+	t.Logf("%d streams and %d requests", whole.Load(), answered.Load())
+}
+
+// balancer passes TCP connections to the replicas that are ready, in turn. It asks each for
+// /readyz every second, and learns of the answer 2 s later.
+type balancer struct {
+	addr string
+
+	mu      sync.Mutex // protects the fields below
+	ready   map[string]bool
+	turn    int
+	changed chan bool
+}
+
+func newBalancer(t *testing.T) *balancer {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &balancer{addr: ln.Addr().String(), ready: map[string]bool{},
+		changed: make(chan bool, 100)}
+	t.Cleanup(func() { ln.Close() })
+	stop := make(chan bool)
+	t.Cleanup(func() { close(stop) })
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go b.pass(conn)
+		}
+	}()
+	go func() {
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				b.ask()
+			case <-stop:
+				return
+			}
+		}
+	}()
+	return b
+}
+
+func (b *balancer) add(addr string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.ready[addr] = false
+}
+
+func (b *balancer) ask() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for addr := range b.ready {
+		go func() {
+			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true},
+				Timeout: safetyNet}
+			resp, err := client.Get("http://" + addr + "/readyz")
+			isReady := err == nil && resp.StatusCode == 200
+			if err == nil {
+				resp.Body.Close()
+			}
+			time.AfterFunc(2*time.Second, func() {
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				b.ready[addr] = isReady
+				select {
+				case b.changed <- true:
+				default:
+				}
+			})
+		}()
+	}
+}
+
+// waitFor waits until n replicas are known to be ready.
+func (b *balancer) waitFor(t *testing.T, n int) {
+	t.Helper()
+	late := time.After(time.Minute)
+	for len(b.readyOnes()) < n {
+		select {
+		case <-b.changed:
+		case <-late:
+			t.Fatalf("%d replicas are ready, want %d", len(b.readyOnes()), n)
+		}
+	}
+}
+
+func (b *balancer) readyOnes() (addrs []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for addr, ready := range b.ready {
+		if ready {
+			addrs = append(addrs, addr)
+		}
+	}
+	slices.Sort(addrs)
+	return addrs
+}
+
+// pass connects a client to the next replica. If that refuses, the client's request is lost.
+func (b *balancer) pass(client net.Conn) {
+	defer client.Close()
+	ready := b.readyOnes()
+	if len(ready) == 0 {
+		return
+	}
+	b.mu.Lock()
+	b.turn++
+	addr := ready[b.turn%len(ready)]
+	b.mu.Unlock()
+	replica, err := net.Dial("tcp", addr)
+	if err != nil {
+		return
+	}
+	defer replica.Close()
+	ended := make(chan bool, 2)
+	for _, pair := range [][2]net.Conn{{client, replica}, {replica, client}} {
+		go func() {
+			io.Copy(pair[0], pair[1])
+			pair[0].(*net.TCPConn).CloseWrite()
+			ended <- true
+		}()
+	}
+	<-ended
+	<-ended
 }
 
 func TestHalfAHeadIsNotWaitedFor(t *testing.T) {

@@ -16,6 +16,7 @@
 // writes no file, starts no process and, name lookups aside, speaks to two
 // places only: the identity endpoint, and TARGET_URL's host. HTTPS_PROXY, if it
 // is set, is on the way to the latter and, with workload identity, to Entra ID.
+// As a service it tells systemd, on this host, when it is ready and when it stops.
 //
 // There are three files: main.go has the inputs, the start, the stop and
 // -check; imds.go gets tokens and keeps them; forward.go forwards requests.
@@ -41,6 +42,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -71,6 +73,8 @@ var settings = []variable{
 		"form if TARGET_URL has such a host", checkScope},
 	{"AZURE_CLIENT_ID", "client id of a user-assigned identity; the system-assigned\n" +
 		"one by default", checkHeaderValue},
+	{"DRAIN_DELAY", "how long to go on accepting after SIGTERM, such as 10s, until a\n" +
+		"balancer has seen that /readyz says 503; 0 by default", checkDrainDelay},
 	{"AZURE_LOG_LEVEL", "debug adds a line per answer, token fetch and probe", nil},
 }
 
@@ -103,6 +107,7 @@ var platformVariables = []variable{
 	{"SSL_CERT_FILE", "by the operator; file of certificate authorities", nil},
 	{"SSL_CERT_DIR", "by the operator; directories of them", nil},
 	{"GODEBUG", "by the operator; settings of the Go library", nil},
+	{"NOTIFY_SOCKET", "by systemd, for a service of Type=notify", nil},
 	{"NO_COLOR", "by the operator; if set, -check uses no colour on a terminal", nil},
 }
 
@@ -132,15 +137,29 @@ func init() {
 	os.Setenv("GODEBUG", strings.Join(all, ","))
 }
 
+// exitConfig is the exit status for settings that have to be changed before the
+// program can start: EX_CONFIG of sysexits.h. deploy/aoai-proxy.service has
+// systemd not try again then.
+const exitConfig = 78
+
+// configError is a wrong setting. Any other error ends the program with status 1.
+type configError struct{ error }
+
 func main() {
-	if err := run(os.Args[1:], os.Stdout); err != nil {
-		// No secret is known here, but what looks like a token is redacted.
-		fmt.Fprintln(os.Stderr, "aoai-proxy:", (&secrets{}).safe(err.Error(), maxLine))
-		os.Exit(1)
+	err := run(os.Args[1:], os.Stdout)
+	if err == nil {
+		return
 	}
+	// No secret is known here, but what looks like a token is redacted.
+	fmt.Fprintln(os.Stderr, "aoai-proxy:", (&secrets{}).safe(err.Error(), maxLine))
+	var wrong configError
+	if errors.As(err, &wrong) {
+		os.Exit(exitConfig)
+	}
+	os.Exit(1)
 }
 
-// run is the whole program. Its error is what ends it with status 1.
+// run is the whole program.
 func run(args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("aoai-proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // main prints the error, in one line
@@ -166,7 +185,7 @@ func run(args []string, stdout io.Writer) error {
 
 	getenv, envLines, err := readDotEnv(".env", os.Getenv)
 	if err != nil {
-		return err
+		return configError{err}
 	}
 	cfg, err := loadConfig(getenv)
 	if *checkOnly {
@@ -174,10 +193,10 @@ func run(args []string, stdout io.Writer) error {
 		return check(cfg, err, envLines, stdout, colour)
 	}
 	if err != nil && len(envLines) > 0 {
-		return fmt.Errorf("%w (%s)", err, strings.Join(envLines, "; "))
+		err = fmt.Errorf("%w (%s)", err, strings.Join(envLines, "; "))
 	}
 	if err != nil {
-		return err
+		return configError{err}
 	}
 	listeners, err := listen(cfg)
 	if err != nil {
@@ -356,15 +375,17 @@ func parseDotEnvValue(text string) (value string, ok bool) {
 
 // config is the settings, checked.
 type config struct {
-	targets  targets  // "https://my-aoai.openai.azure.com/openai/"
-	host     string   // HOST: "127.0.0.1"; empty if it is not set
-	port     string   // PORT: "8081"
-	hosts    []string // where to listen: "127.0.0.1" and "::1"; "" is every interface
-	key      string   // EXPECTED_KEY; empty for none
-	scope    string   // "https://cognitiveservices.azure.com/.default"
-	debug    bool     // AZURE_LOG_LEVEL=debug
-	endpoint *endpoint
-	secrets  *secrets // of the settings, and later the token
+	targets      targets       // "https://my-aoai.openai.azure.com/openai/"
+	host         string        // HOST: "127.0.0.1"; empty if it is not set
+	port         string        // PORT: "8081"
+	hosts        []string      // where to listen: "127.0.0.1" and "::1"; "" is every interface
+	key          string        // EXPECTED_KEY; empty for none
+	delay        time.Duration // DRAIN_DELAY
+	scope        string        // "https://cognitiveservices.azure.com/.default"
+	debug        bool          // AZURE_LOG_LEVEL=debug
+	endpoint     *endpoint
+	notifySocket string   // NOTIFY_SOCKET: "/run/systemd/notify"
+	secrets      *secrets // of the settings, and later the token
 }
 
 // loadConfig reads the variables. White space around a value does not count.
@@ -401,6 +422,8 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		debug:   isDebug(get),
 		secrets: &secrets{},
 	}
+	cfg.notifySocket = get("NOTIFY_SOCKET")
+	cfg.delay, _ = time.ParseDuration(get("DRAIN_DELAY")) // 0 if it is not set
 	cfg.hosts = listenHosts(cfg.host, cfg.key)
 	cfg.secrets.hide("key", cfg.key)
 	cfg.endpoint, err = newEndpoint(get, cfg.scope, arcFilesHere(get), cfg.secrets)
@@ -494,6 +517,17 @@ func checkScope(value string) error {
 	return nil
 }
 
+func checkDrainDelay(value string) error {
+	delay, err := time.ParseDuration(cmp.Or(value, "0"))
+	if err != nil || delay < 0 || delay > maxDrainDelay {
+		return fmt.Errorf("want a time from 0 to %v such as 10s, got %q", maxDrainDelay, value)
+	}
+	return nil
+}
+
+// maxDrainDelay is longer than any balancer needs, and refuses a slip such as 10h.
+const maxDrainDelay = 10 * time.Minute
+
 // checkProxy refuses a HTTPS_PROXY that cannot be read. The Go library would
 // take some of these for another host, or go without a proxy. The usual reason
 // is a password with characters that must be escaped in a URL. socks5h is not
@@ -574,7 +608,8 @@ type service struct {
 	tokens    *tokenSource
 	forwarder *forwarder
 	server    *http.Server
-	drainTime time.Duration // for running streams, after SIGTERM
+	drainTime time.Duration // for running streams, after SIGTERM and DRAIN_DELAY
+	stopping  atomic.Bool   // set by SIGTERM
 }
 
 func newService(cfg *config) *service {
@@ -607,7 +642,7 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	// The server ignores the Transfer-Encoding of an HTTP/1.0 request
 	// (golang/go#12785) and would take its body for the next request. RFC 9112
 	// §6.1 wants such a connection closed.
-	if !r.ProtoAtLeast(1, 1) {
+	if !r.ProtoAtLeast(1, 1) || s.stopping.Load() {
 		w.Header().Set("Connection", "close")
 	}
 	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
@@ -620,6 +655,10 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	if s.cfg.debug {
 		log.Printf("debug: probe %s from %s", r.URL.Path, r.RemoteAddr)
 	}
+	if r.URL.Path == "/readyz" && s.stopping.Load() {
+		http.Error(w, "shutting down", http.StatusServiceUnavailable)
+		return
+	}
 	if r.URL.Path == "/readyz" {
 		if _, err := s.tokens.current(r.Context()); err != nil {
 			const hasKey = false // a probe shows none
@@ -630,8 +669,9 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintln(w, "ok")
 }
 
-// serve answers requests until a signal arrives. Then it accepts no more, and
-// lets running requests and tunnels finish.
+// serve answers requests until a signal arrives. For DRAIN_DELAY it goes on, as a
+// balancer may not know yet that this replica is to be left out. Then it accepts
+// no more, and lets running requests and tunnels finish.
 func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -642,16 +682,23 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	for _, ln := range listeners {
 		go func() { failed <- s.server.Serve(ln) }()
 	}
+	s.notify("READY=1")
 	select {
 	case err := <-failed:
 		return err
 	case <-signals:
 	}
 
-	log.Printf("draining %d streams (up to %v; a second signal ends them now)",
-		s.forwarder.streams.Load(), s.drainTime)
+	s.stopping.Store(true)
+	s.notify("STOPPING=1")
+	if s.cfg.delay > 0 {
+		log.Printf("stopping: accepts for another %v, while /readyz says 503", s.cfg.delay)
+	}
 	finished := make(chan struct{})
 	go func() {
+		sleep(ctx, s.cfg.delay)
+		log.Printf("draining %d streams (up to %v; a second signal ends them now)",
+			s.forwarder.streams.Load(), s.drainTime)
 		s.server.Shutdown(context.Background())
 		s.waitForStreams()
 		close(finished)
@@ -659,11 +706,11 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	select {
 	case <-finished:
 	case <-signals:
-	case <-time.After(s.drainTime):
+	case <-time.After(s.cfg.delay + s.drainTime):
 	}
 
-	// What still runs is broken off, in two steps. With ctx end upstream requests,
-	// waits for a token and both connections of a tunnel. A handler that is still
+	// What still runs is broken off, in two steps. With ctx end DRAIN_DELAY,
+	// upstream requests, waits for a token and both connections of a tunnel. A handler that is still
 	// there after breakTime waits for its client to read or to send, and Close
 	// ends that. What Close does not know of, a connection that a handler has
 	// taken over from the server, is closed by that handler within lingerTime. So
@@ -677,6 +724,22 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	<-finished
 	log.Print("stopped")
 	return nil
+}
+
+// notify tells systemd the state of a service of Type=notify (sd_notify(3)). Its
+// socket is a file on this host, or an abstract name that begins with an @.
+func (s *service) notify(state string) {
+	if s.cfg.notifySocket == "" {
+		return
+	}
+	conn, err := net.Dial("unixgram", s.cfg.notifySocket)
+	if err == nil {
+		_, err = io.WriteString(conn, state)
+		conn.Close()
+	}
+	if err != nil {
+		log.Printf("NOTIFY_SOCKET: %v", err)
+	}
 }
 
 // breakTime is enough for a handler to end that waits for no client.
