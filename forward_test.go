@@ -1197,7 +1197,11 @@ func TestListensWhereSettingsSay(t *testing.T) {
 			var reached []string
 			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true},
 				Timeout: safetyNet}
-			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+			hosts := []string{"127.0.0.1", "::1"}
+			if runtime.GOOS == "linux" { // elsewhere 127.0.0.2 may not be there
+				hosts = []string{"127.0.0.1", "127.0.0.2", "::1"}
+			}
+			for _, host := range hosts {
 				if resp, err := client.Get("http://" + net.JoinHostPort(host, port) +
 					"/healthz"); err == nil {
 					resp.Body.Close()
