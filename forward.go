@@ -1214,8 +1214,8 @@ func (f *forwarder) remedy(req *http.Request, status int, body, base string, t t
 		return "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
 	case unauthorized || forbidden && says("permission"):
-		return "the identity with object id " + c.Object + " lacks the role " + roleFor(req.URL.Opaque) +
-			" on the resource (a new assignment takes minutes to work)"
+		return "the identity with object id " + c.Object + " lacks the role " +
+			roleFor(req.URL.Opaque) + " on the resource (a new assignment takes minutes to work)"
 	case forbidden:
 		return "a policy or network rule of the resource, or of a gateway before it, refuses this"
 	case status == http.StatusNotFound && says("deploymentnotfound"):

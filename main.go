@@ -217,7 +217,8 @@ func printUsage(out io.Writer) {
 		"-version  print the version\n\n"+
 		"Settings, from the environment or a .env file in the working directory:\n\n")
 	printVariables(out, settings)
-	fmt.Fprint(out, "\nFrom the environment alone, where the platform and the operator set them:\n\n")
+	fmt.Fprint(out, "\nFrom the environment alone, "+
+		"where the platform and the operator set them:\n\n")
 	printVariables(out, platformVariables)
 }
 
@@ -710,11 +711,11 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	}
 
 	// What still runs is broken off, in two steps. With ctx end DRAIN_DELAY,
-	// upstream requests, waits for a token and both connections of a tunnel. A handler that is still
-	// there after breakTime waits for its client to read or to send, and Close
-	// ends that. What Close does not know of, a connection that a handler has
-	// taken over from the server, is closed by that handler within lingerTime. So
-	// finished is certain to come.
+	// upstream requests, waits for a token and both connections of a tunnel. A
+	// handler that is still there after breakTime waits for its client to read or
+	// to send, and Close ends that. What Close does not know of, a connection that
+	// a handler has taken over from the server, is closed by that handler within
+	// lingerTime. So finished is certain to come.
 	cancel()
 	select {
 	case <-finished:
