@@ -379,6 +379,14 @@ func (c *client) check(ctx context.Context) error {
 			return c.checkPost(ctx, "/deployments/gpt-4o/chat/completions", `{}`, 404,
 				"Resource not found")
 		}},
+		{"classic chat without a deployment", func() error {
+			return c.checkPost(ctx, "/chat/completions?api-version=2024-10-21",
+				`{"model":"gpt-4o"}`, 404, "Resource not found")
+		}},
+		{"GPT at Claude's path", func() error {
+			return c.checkPost(ctx, "/anthropic/v1/messages", `{"model":"gpt-4o"}`, 400,
+				"OperationNotSupported")
+		}},
 		{"empty path segment", func() error {
 			return c.checkPost(ctx, "/v1//responses", `{"model":"gpt-4o"}`, 404,
 				"Resource not found")
@@ -517,12 +525,13 @@ func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 	api, operation := split(r.URL.Path)
 	version := r.URL.Query().Get("api-version")
 	isDated := strings.HasPrefix(version, "20")
+	inDeployment := false
 	switch {
 	case api == "/openai/" && !isDated:
 		operation = "" // without a version there is nothing here
 	case api == "/openai/" && strings.HasPrefix(operation, "deployments/"):
 		parts := strings.SplitN(operation, "/", 3)
-		asked.Model, operation = parts[1], parts[len(parts)-1]
+		asked.Model, operation, inDeployment = parts[1], parts[len(parts)-1], true
 	}
 	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") && operation != "realtime" {
 		// codex and Copilot CLI go on over HTTP then.
@@ -530,37 +539,62 @@ func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	isClaude := api == "/anthropic/v1/"
-	needsModel := false
+	// The classic API has chat and embeddings below a deployment, and nothing else
+	// there.
+	isClaude, isV1 := api == "/anthropic/v1/", api == "/openai/v1/"
+	kind := "" // of the model that is needed
 	var answer func()
-	switch {
-	case !isClaude && operation == "models":
-		answer = func() { listModels(w) }
-	case !isClaude && operation == "realtime":
-		answer = func() { realtime(w, r) }
-	case !isClaude && operation == "embeddings":
-		needsModel, answer = true, func() { embeddings(w, asked.Encoding) }
-	case !isClaude && operation == "chat/completions":
-		needsModel, answer = true, func() { s.chat(w, &asked) }
-	case !isClaude && operation == "responses":
-		needsModel, answer = true, func() { s.responses(w, &asked) }
-	case isClaude && operation == "messages" && asked.Model == "":
-		writeError(w, http.StatusBadRequest, "invalid_request_error", "", "model: Field required")
-		return
-	case isClaude && operation == "messages":
-		needsModel, answer = true, func() { s.messages(w, &asked) }
-	case isClaude && operation == "messages/count_tokens":
-		answer = func() { writeJSON(w, http.StatusOK, object{"input_tokens": 3}) }
-	default:
+	switch r.Method + " " + operation {
+	case "GET models":
+		if !isClaude && !inDeployment {
+			answer = func() { listModels(w) }
+		}
+	case "GET realtime":
+		if !isClaude && !inDeployment {
+			answer = func() { realtime(w, r) }
+		}
+	case "POST embeddings":
+		if isV1 || inDeployment {
+			kind, answer = "embeddings", func() { embeddings(w, asked.Encoding) }
+		}
+	case "POST chat/completions":
+		if isV1 || inDeployment {
+			kind, answer = "chat", func() { s.chat(w, &asked) }
+		}
+	case "POST responses":
+		if !isClaude && !inDeployment {
+			kind, answer = "chat", func() { s.responses(w, &asked) }
+		}
+	case "POST messages":
+		if isClaude && asked.Model == "" {
+			writeError(w, http.StatusBadRequest, "invalid_request_error", "",
+				"model: Field required")
+			return
+		}
+		if isClaude {
+			kind, answer = "claude", func() { s.messages(w, &asked) }
+		}
+	case "POST messages/count_tokens":
+		if isClaude {
+			answer = func() { writeJSON(w, http.StatusOK, object{"input_tokens": 3}) }
+		}
+	}
+	if answer == nil {
 		writeError(w, http.StatusNotFound, "404", "", "Resource not found")
 		return
 	}
-	if api == "/openai/v1/" && isDated {
+	if isV1 && isDated {
 		writeError(w, http.StatusBadRequest, "BadRequest", "api-version",
 			"api-version query parameter is not allowed when using /v1 path")
 		return
 	}
-	if needsModel && !slices.Contains(deployments, asked.Model) {
+	has, isDeployed := deployments[asked.Model]
+	if kind != "" && isDeployed && has != kind {
+		writeError(w, http.StatusBadRequest, "OperationNotSupported", "",
+			"The operation does not work with the specified model, "+asked.Model+".")
+		return
+	}
+	if kind != "" && !isDeployed {
 		writeError(w, http.StatusNotFound, "DeploymentNotFound", "",
 			"The API deployment for this resource does not exist. If you created the deployment "+
 				"within the last 5 minutes, please wait a moment and try again.")
@@ -579,13 +613,21 @@ func split(path string) (api, operation string) {
 	return "", ""
 }
 
-// deployments have the names of their models.
-var deployments = []string{"gpt-4o", "gpt-5.1", "gpt-5-codex", "text-embedding-3-small",
-	"claude-sonnet-4-5", "claude-haiku-4-5"}
+// deployments have the names of their models. The value is what they are for.
+var deployments = map[string]string{
+	"gpt-4o": "chat", "gpt-5.1": "chat", "gpt-5-codex": "chat",
+	"text-embedding-3-small": "embeddings",
+	"claude-sonnet-4-5":      "claude", "claude-haiku-4-5": "claude",
+}
 
 func listModels(w http.ResponseWriter) {
+	var names []string
+	for name := range deployments {
+		names = append(names, name)
+	}
+	slices.Sort(names)
 	var models []object
-	for _, name := range deployments {
+	for _, name := range names {
 		models = append(models, object{"id": name, "object": "model"})
 	}
 	// codex looks for a list called models.
@@ -620,9 +662,10 @@ type request struct {
 	StreamOptions struct {
 		IncludeUsage bool `json:"include_usage"`
 	} `json:"stream_options"`
-	Messages []object // of chat and of Claude
-	Input    any      // of responses: a text, or a list of objects
-	Tools    []object
+	Messages   []object // of chat and of Claude
+	Input      any      // of responses: a text, or a list of objects
+	Tools      []object
+	ToolChoice any `json:"tool_choice"`
 
 	turn turn
 }
@@ -648,6 +691,9 @@ var toolsTried = []string{
 // it knows none. If results has the text of earlier ones, the last is put into
 // the answer. Each tool has a name, and a JSON schema of its arguments under key.
 func (q *request) decide(tools []object, key string, results []string) {
+	if q.ToolChoice == "none" {
+		return
+	}
 	if len(results) > 0 {
 		last := results[len(results)-1]
 		q.turn.text += fmt.Sprintf(" The tool's answer began with %.60q.", last)
@@ -661,7 +707,11 @@ func (q *request) decide(tools []object, key string, results []string) {
 				continue
 			}
 			schema, _ := tool[key].(object)
-			q.turn = turn{tool: offered, arguments: example(schema, "").(object)}
+			arguments, ok := example(schema, "").(object)
+			if !ok {
+				arguments = object{}
+			}
+			q.turn = turn{tool: offered, arguments: arguments}
 			return
 		}
 	}
