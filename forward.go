@@ -87,9 +87,11 @@ var hopByHop = nameSet("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-
 
 // othersPolicies are answer headers that are right for the upstream's host and
 // wrong for this one. Strict-Transport-Security must not be sent over plain
-// HTTP (RFC 6797 §7.2), and Alt-Svc would lead the client past the proxy (RFC
-// 7838 §2).
-var othersPolicies = nameSet("Alt-Svc", "Strict-Transport-Security")
+// HTTP (RFC 6797 §7.2), Alt-Svc would lead the client past the proxy with all
+// that it sends (RFC 7838 §2), and a cookie would not get upstream again.
+// Location and Operation-Location stay: they name a URL for one request, which a
+// client may follow or not, and the key that it may show there opens nothing.
+var othersPolicies = nameSet("Alt-Svc", "Set-Cookie", "Strict-Transport-Security")
 
 // credentialParams are query parameters that carry a key or a token, in lower
 // case: of Azure and its look-alikes, of older openai-node, of RFC 6750 §2.3
@@ -210,17 +212,10 @@ func newForwarder(to targets, key string, tokens *tokenSource, hidden *secrets) 
 		bodyTime: time.Minute,
 		endTime:  time.Minute,
 		transport: &http.Transport{
-			Proxy: proxyTo(to[0]),
-			// The transport's own error would not say that the proxy refused.
-			OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request,
-				resp *http.Response) error {
-				if resp.StatusCode != http.StatusOK {
-					return proxyRefusal(resp.StatusCode)
-				}
-				return nil
-			},
-			DialContext:         dialer.DialContext,
-			TLSHandshakeTimeout: 10 * time.Second,
+			Proxy:                  proxyTo(to[0]),
+			OnProxyConnectResponse: readConnect,
+			DialContext:            dialer.DialContext,
+			TLSHandshakeTimeout:    10 * time.Second,
 			// Go's defaults, which are TLS 1.2 at least. A new connection resumes the
 			// session of an older one, which spares both sides a full handshake.
 			TLSClientConfig: &tls.Config{
@@ -292,9 +287,10 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if problem := f.noAnswer(r, body, resp, err, upgrade); problem != nil {
 		if streamed {
-			// The transport may be in a Read. write has it end, when it takes the
-			// connection from the server, and then nothing else reads.
+			// Only linger is to read from here on. A deadline in the past ends a
+			// Read that the transport may be in.
 			body.stopped.Store(true)
+			http.NewResponseController(w).SetReadDeadline(time.Now())
 		}
 		f.logProblem(r, req, nil, start, problem.message)
 		problem.write(w, r)
@@ -307,7 +303,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Copy the answer.
 	if resp.StatusCode == http.StatusSwitchingProtocols {
 		sent, received := f.tunnel(w, r, resp)
-		f.logAnswer(r, resp, start, waited, sent, received)
+		f.logAnswer(r, resp, start, waited, sent, received, nil)
 		return
 	}
 	copyHeader(w.Header(), resp.Header)
@@ -320,10 +316,11 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if streamed {
 		sent = body.sent.Load()
 	}
-	f.logAnswer(r, resp, start, waited, sent, received)
+	f.logAnswer(r, resp, start, waited, sent, received, err)
 	if resp.StatusCode >= 400 {
 		base := "http://" + cmp.Or(r.Host, "HOST:PORT") // as this client calls the proxy
-		f.logProblem(r, req, resp, start, withHint(f.explain(req, resp, beginning, base, t)))
+		text, hint, _ := f.explain(req, resp, beginning, base, t)
+		f.logProblem(r, req, resp, start, withHint(text, hint))
 	}
 	if err != nil {
 		var left clientError // many clients leave after the last event
@@ -408,8 +405,8 @@ func mayBeWebPage(r *http.Request) bool {
 
 	// A page of another site shows in Origin, which every browser sends with a
 	// POST. It may be "null", which has no host and so is not loopback. An Origin
-	// on this host is that of a desktop program, or of a page that is refused
-	// below.
+	// on this host passes here. If it is a page's, Sec-Fetch-Site decides below; a
+	// program that is no browser does not send that.
 	for _, origin := range r.Header["Origin"] {
 		u, err := url.Parse(origin)
 		if err != nil || !isLoopback(u.Hostname()) {
@@ -694,14 +691,15 @@ func (u *upload) end(w http.ResponseWriter) {
 	client.Flush() // the answer goes out before; only its last, empty chunk comes later
 	client.SetReadDeadline(time.Now().Add(lingerTime))
 	// A Read of the transport that is under way ends with the next bytes, or at
-	// the deadline. net/http's body has a lock and lets in one at a time.
+	// the deadline. Meanwhile there are two readers, which is safe: net/http's body
+	// has a lock (its type body), and upload.Read drops what the other one gets.
 	io.Copy(io.Discard, u.body)
 }
 
 // sendContinue tells a client that waits for it to send its body (RFC 9110
 // §10.1.1). The server would do so by itself when the transport first reads the
 // body, but from the transport's goroutine and perhaps while an early answer is
-// being written, which in Go 1.22 is a data race.
+// being written, which Go 1.22's race detector reports as a data race.
 func sendContinue(w http.ResponseWriter, r *http.Request) {
 	if r.Header.Get("Expect") != "" && r.ProtoAtLeast(1, 1) {
 		w.WriteHeader(http.StatusContinue)
@@ -814,9 +812,10 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (
 
 // abort closes the client's connection without an end to its answer.
 func abort(w http.ResponseWriter, r *http.Request) {
-	// The server closes the connection when the body is read to its end, or fails.
-	// With a deadline in the past it fails at once, in a Read of the transport and
-	// in Close, which reads what is left.
+	// After the panic the server closes the request's body before it closes the
+	// connection, and to close a body it reads up to 256 KiB of what is left, for
+	// which it would wait if the client is slow. So the body is closed here, with a
+	// deadline in the past, which ends all reading at once; the upload fails too.
 	http.NewResponseController(w).SetReadDeadline(time.Now())
 	r.Body.Close()
 	panic(http.ErrAbortHandler) // net/http's way to say so; it is not logged
@@ -854,9 +853,9 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 	}
 
 	// The server's buffer may hold the first bytes of the client. The rest is
-	// read from the connection itself: the server notices what is read through its
-	// buffer, and at the end of the client's half it would end r.Context(), and
-	// the tunnel with it.
+	// read from the connection itself. Read through the buffer, the end of the
+	// client's half would end r.Context(), as it does for a request, and with it
+	// the tunnel's other direction; a test sees that it does not.
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
 	ended := make(chan bool, 2)
 	go func() {
@@ -1047,17 +1046,20 @@ func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start 
 		req.URL.Scheme, req.URL.Host, f.safeTarget(req.URL.RequestURI()), took, what)
 }
 
-// logAnswer writes the line about an answer that AZURE_LOG_LEVEL=debug adds: how
-// long its first byte and its last took, and how many bytes the bodies had, or
-// the tunnel.
+// logAnswer writes the line about an upstream's answer that AZURE_LOG_LEVEL=debug
+// adds: how long its first byte and its last took, and how many bytes the bodies
+// had, or the tunnel. err is why it was not passed on to its end.
 func (f *forwarder) logAnswer(r *http.Request, resp *http.Response, start time.Time,
-	waited time.Duration, sent, received int64) {
+	waited time.Duration, sent, received int64, err error) {
 	if !f.debug {
 		return
 	}
 	what := "answer"
-	if resp.StatusCode == http.StatusSwitchingProtocols {
+	switch {
+	case resp.StatusCode == http.StatusSwitchingProtocols:
 		what = "tunnel"
+	case err != nil:
+		what = "part of an answer"
 	}
 	log.Printf("debug: %s %s: %s %s, first byte after %v, end after %v, "+
 		"%d bytes up, %d down, apim-request-id %s",
@@ -1098,10 +1100,11 @@ func (f *forwarder) isProxied() bool {
 	return err == nil && proxy != nil
 }
 
-// explain says how req was answered and, of a refusal, what to do about it. base
-// is where the client reaches the proxy: "http://localhost:8081".
+// explain says how req was answered and, of a refusal, what to do about it. role
+// is what the identity lacks, if that is it. base is where the client reaches the
+// proxy: "http://localhost:8081".
 func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []byte,
-	base string, t token) (text, hint string) {
+	base string, t token) (text, hint, role string) {
 	plain, canRead := unpacked(beginning, resp.Header.Get("Content-Encoding"))
 	text = "answered " + statusText(resp.StatusCode)
 	if code := errorCode(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
@@ -1110,11 +1113,11 @@ func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []
 	if after := resp.Header.Get("Retry-After"); after != "" {
 		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
 	}
-	hint = f.remedy(req, resp.StatusCode, string(plain), base, t)
+	hint, role = f.remedy(req, resp.StatusCode, string(plain), base, t)
 	if !canRead && resp.StatusCode != http.StatusTooManyRequests { // 429 says it all
 		hint = "the body, which says why, is compressed in a way that cannot be read here"
 	}
-	return text, f.secrets.safe(hint, maxPiece)
+	return text, f.secrets.safe(hint, maxPiece), role
 }
 
 // unpacked is the beginning of a body without its compression, if that is one
@@ -1188,117 +1191,145 @@ func roleFor(path string) string {
 	return "Cognitive Services OpenAI User"
 }
 
-// remedy says what to do about a usual refusal of req with the token t.
-func (f *forwarder) remedy(req *http.Request, status int, body, base string, t token) string {
+// remedy says what to do about a usual refusal of req with the token t, and which
+// role the identity lacks, if that is it. body is what the service says, and base
+// is as in explain.
+func (f *forwarder) remedy(req *http.Request, status int, body, base string, t token) (
+	hint, role string) {
 	body = strings.ToLower(body)
 	says := func(text string) bool { return strings.Contains(body, text) }
 	unauthorized := status == http.StatusUnauthorized
 	forbidden := status == http.StatusForbidden
+	notFound := status == http.StatusNotFound
 	c := t.claims()
 	switch {
 	case strings.HasPrefix(body, "<"):
-		return "a web page answered, not the service: a proxy or firewall on the way?"
+		hint = "a web page answered, not the service: a proxy or firewall on the way?"
 	case (status == http.StatusBadRequest || unauthorized) && says("subdomain"):
-		return "a regional endpoint takes no tokens: " +
+		hint = "a regional endpoint takes no tokens: " +
 			"use the resource's own, https://NAME.openai.azure.com/openai/"
 	case unauthorized && says("missing subscription key"):
-		return "the gateway wants a key of its own, which the proxy does not send: " +
+		hint = "the gateway wants a key of its own, which the proxy does not send: " +
 			"let it accept the token"
+
+	// "Access token is missing, invalid, audience is incorrect (AUDIENCE), or
+	// have expired" is what Azure OpenAI says, with the audience that it wants.
 	case unauthorized && says("audience") && !says(strings.ToLower(c.Audience)):
-		return "the token is for " + c.Audience + ", the wrong audience: " +
+		hint = "the token is for " + c.Audience + ", the wrong audience: " +
 			"set AZURE_OPENAI_SCOPE for this cloud or service"
 	case unauthorized && says("audience"):
-		return "the token's audience is right: check this host's clock, " +
+		hint = "the token's audience is right: check this host's clock, " +
 			"and that the identity is of the resource's tenant"
+
 	case forbidden && (says("firewall") || says("private") || says("network")):
-		return "the resource's network rules refuse this host: " +
+		hint = "the resource's network rules refuse this host: " +
 			"allow its network or use the private endpoint"
 	case unauthorized || forbidden && says("permission"):
-		return "the identity with object id " + c.Object + " lacks the role " +
-			roleFor(req.URL.Opaque) + " on the resource (a new assignment takes minutes to work)"
+		role = roleFor(req.URL.Opaque)
+		hint = "the identity with object id " + c.Object + " lacks the role " + role +
+			" on the resource (a new assignment takes minutes to work)"
 	case forbidden:
-		return "a policy or network rule of the resource, or of a gateway before it, refuses this"
-	case status == http.StatusNotFound && says("deploymentnotfound"):
-		return "there is no deployment " + cmp.Or(deploymentName(req), "of this name") +
+		hint = "a policy or network rule of the resource, or of a gateway before it, refuses this"
+	case notFound && says("deploymentnotfound"):
+		hint = "there is no deployment " + cmp.Or(f.deploymentName(req), "of this name") +
 			" in the resource: look up its name there (a new one takes minutes to work)"
-	case status == http.StatusNotFound:
-		return cmp.Or(f.pathMistake(req, base),
+	case notFound:
+		hint = cmp.Or(f.pathMistake(req.URL, base),
 			"there is no such path: check TARGET_URL and the client's base URL")
 	case status == http.StatusTooManyRequests:
-		return "too many requests or tokens for the deployment's quota"
+		hint = "too many requests or tokens for the deployment's quota"
 	}
-	return ""
+	return hint, role
 }
 
 // deploymentName is the name of the deployment that a request asks for, in
 // quotes, or empty if it is not known. It is in the path, or else it is the model
 // in a small body. Nothing else of a body is ever shown.
-func deploymentName(req *http.Request) string {
-	var asked struct{ Model string }
+func (f *forwarder) deploymentName(req *http.Request) string {
+	var name string
 	if _, rest, ok := strings.Cut(req.URL.Opaque, "/deployments/"); ok {
-		name, _, _ := strings.Cut(rest, "/")
-		asked.Model, _ = url.PathUnescape(name)
+		name, _, _ = strings.Cut(rest, "/")
+		name, _ = url.PathUnescape(name)
 	} else if req.GetBody != nil {
 		body, _ := req.GetBody()
 		text, _ := io.ReadAll(body)
-		if json.Unmarshal(text, &asked) != nil {
-			return ""
-		}
+		var fields map[string]json.RawMessage
+		json.Unmarshal(text, &fields)
+		json.Unmarshal(fields["model"], &name)
 	}
 	const longest = 64 // Azure's limit for the name of a deployment
-	if asked.Model == "" || len(asked.Model) > longest || !isPrintableASCII(asked.Model) {
+	if name == "" || len(name) > longest || !isPrintableASCII(name) {
 		return ""
 	}
-	return strconv.Quote(asked.Model)
+	return strconv.Quote(f.secrets.safe(name, maxPiece))
 }
 
-// pathMistake names the usual mistakes that make a path one which the service
-// does not have. It is empty for any other path. base is as in explain.
-func (f *forwarder) pathMistake(req *http.Request, base string) string {
-	isBelow := func(u *url.URL) bool { return strings.HasPrefix(req.URL.Opaque, u.EscapedPath()) }
-	i := slices.IndexFunc(f.targets, isBelow)
+// operations are the first segments of paths that are right below /openai/v1/, or
+// below /openai/ if there is an api-version that is a date.
+var operations = nameSet("audio", "batches", "chat", "completions", "embeddings", "files",
+	"fine_tuning", "images", "models", "realtime", "responses", "vector_stores")
+
+// pathMistake names the usual mistakes that make an upstream URL one which the
+// service does not have. It is empty for any other URL. base is as in explain.
+func (f *forwarder) pathMistake(u *url.URL, base string) string {
+	const openAI, claude = "/openai/", "/anthropic/"
+	// baseURL is what a client for the other API needs.
+	baseURL := func(client, api, version string) string {
+		for i, target := range f.targets {
+			if strings.Contains(target.Path, api) {
+				return client + "'s base URL is " + f.targets.clientURL(i, base) + version
+			}
+		}
+		return client + " needs a TARGET_URL that ends in " + api +
+			", beside this one or in its place"
+	}
+
+	// The target is the longest that u is below.
+	i := -1
+	for n, target := range f.targets {
+		isBelow := strings.HasPrefix(u.Opaque, target.EscapedPath())
+		if isBelow && (i < 0 || len(target.Path) > len(f.targets[i].Path)) {
+			i = n
+		}
+	}
 	if i < 0 {
 		return "" // TARGET_URL's path begins with two slashes
 	}
-	target := f.targets[i]
-	const openAI, claude = "/openai/", "/anthropic/"
+	target := f.targets[i].Path
 	api := openAI
-	if strings.Contains(target.Path, claude) {
+	if strings.Contains(target, claude) {
 		api = claude
 	}
-	if !strings.Contains(target.Path, api) {
+	if !strings.Contains(target, api) {
 		return "" // a gateway's own path
 	}
 
-	// rest is what follows the path of the API. The classic API has versions,
-	// which are dates, and the one of v1 has none.
-	_, rest, _ := strings.Cut(req.URL.Opaque, api)
-	begins := func(beginnings ...string) bool {
-		isPrefix := func(prefix string) bool { return strings.HasPrefix(rest+"/", prefix) }
-		return slices.ContainsFunc(beginnings, isPrefix)
-	}
-	version := req.URL.Query().Get("api-version")
-	clientURL := f.targets.clientURL(i, base)
+	// Below the API's own path there are v1, or not, and an operation.
+	_, rest, _ := strings.Cut(u.Opaque, api)
+	first, _, _ := strings.Cut(strings.TrimPrefix(rest, "v1/"), "/")
+	hasV1 := strings.HasPrefix(rest, "v1/")
+	version := u.Query().Get("api-version")
+	isDate := strings.HasPrefix(version, "20")
 	switch {
-	case begins("v1/v1/", "v1/openai/", "v1/deployments/"):
-		if strings.HasSuffix(target.Path, "/v1/") {
-			return "the client adds /v1 or what replaces it: leave it out of TARGET_URL"
-		}
-		return "the client adds this itself: leave /v1 out of its base URL, as in " + clientURL
-	case api == openAI && begins("messages/", "v1/messages/"):
-		for other, u := range f.targets {
-			if strings.Contains(u.Path, claude) {
-				return "Claude's base URL is " + f.targets.clientURL(other, base)
-			}
-		}
-		return "Claude needs a TARGET_URL that ends in /anthropic/, beside this one or in its place"
-	case api == claude && begins("chat/", "v1/chat/", "responses/", "v1/responses/"):
-		return "this is Claude's path: GPT needs a TARGET_URL that ends in /openai/, " +
-			"beside this one or in its place"
-	case begins("deployments/") && version == "":
+	case api == openAI && (first == "messages" || first == "anthropic"):
+		return baseURL("Claude", claude, "")
+	case api == claude && (first == "chat" || first == "responses" || first == "openai"):
+		return baseURL("GPT", openAI, "/v1")
+	case hasV1 && (first == "openai" || first == "deployments") &&
+		strings.HasSuffix(target, "/v1/"):
+		return "the client adds what replaces v1 by itself: leave v1 out of TARGET_URL"
+	case hasV1 && (first == "v1" || first == "openai" || first == "deployments"):
+		return "the client adds this itself: leave /v1 out of its base URL, as in " +
+			f.targets.clientURL(i, base)
+	case api == openAI && first == "deployments" && version == "":
 		return "the query lacks api-version, for example ?api-version=2024-10-21"
-	case !begins("v1/", "deployments/") && !strings.HasPrefix(version, "20"):
-		return "the client's base URL lacks /v1: give it " + clientURL + "/v1"
+
+	// With a version that is a date the classic API has chat and embeddings below
+	// a deployment only.
+	case api == claude && !hasV1 && first == "messages",
+		api == openAI && !hasV1 && operations[first] && !isDate,
+		api == openAI && !hasV1 && (first == "chat" || first == "embeddings"):
+		return "the client's base URL lacks /v1: give it " + f.targets.clientURL(i, base) + "/v1"
 	}
 	return ""
 }

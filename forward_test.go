@@ -666,10 +666,12 @@ func TestBadSettingIsNamedWithARightValue(t *testing.T) {
 			"https://b.example/openai/ https://c.example/anthropic/",
 			"https://b.example/openai/ and https://c.example/anthropic/ differ"},
 		{"targets of two ports", "TARGET_URL",
-			"https://b.example/openai/ https://b.example:8443/anthropic/", "differ in scheme or host"},
+			"https://b.example/openai/ https://b.example:8443/anthropic/",
+			"differ in scheme or host"},
 		{"targets of two schemes", "TARGET_URL",
 			"https://localhost/openai/ http://localhost/anthropic/", "differ in scheme or host"},
-		{"targets with one end", "TARGET_URL", "https://b.example/openai/ https://b.example/x/openai",
+		{"targets with one end", "TARGET_URL",
+			"https://b.example/openai/ https://b.example/x/openai",
 			"https://b.example/openai/ and https://b.example/x/openai/ both end in /openai/"},
 		{"one target twice", "TARGET_URL", "https://b.example/openai https://b.example/openai/",
 			"both end in /openai/"},
@@ -1176,7 +1178,7 @@ func TestListensWhereSettingsSay(t *testing.T) {
 					got = append(got, addr)
 				}
 				warned = warned || strings.Contains(line,
-					"warning: the path of TARGET_URL has no /openai/")
+					"warning: TARGET_URL has "+upstream.URL+"/ without /openai/")
 			}
 			if warned != (tt.name == "forgotten path") {
 				t.Errorf("warned of a path without openai: %v", warned)
@@ -1680,7 +1682,8 @@ func TestSystemdIsToldOfStartAndStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(short)
-	for _, name := range []string{short + "/notify", fmt.Sprintf("@aoai-proxy-test-%d", os.Getpid())} {
+	abstract := fmt.Sprintf("@aoai-proxy-test-%d", os.Getpid())
+	for _, name := range []string{short + "/notify", abstract} {
 		systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
 		if err != nil {
 			t.Fatal(err)
@@ -1696,7 +1699,8 @@ func TestSystemdIsToldOfStartAndStop(t *testing.T) {
 			return string(text[:n])
 		}
 		p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1", "DRAIN_DELAY": "10m",
-			"TARGET_URL": nobody, "AZURE_POD_IDENTITY_AUTHORITY_HOST": nobody, "NOTIFY_SOCKET": name})
+			"TARGET_URL": nobody, "AZURE_POD_IDENTITY_AUTHORITY_HOST": nobody,
+			"NOTIFY_SOCKET": name})
 		if got := told(); got != "READY=1" {
 			t.Errorf("%s: at the start: %q", name, got)
 		}
@@ -2115,10 +2119,12 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 				object + " ", `--role "Cognitive Services OpenAI User"`}},
 		{"role for Claude missing", upstream.URL + "/anthropic/", token,
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Cognitive Services User", role + object, `--role "Cognitive Services User"`}},
+				" lacks the role Cognitive Services User", role + object,
+				`--role "Cognitive Services User"`}},
 		{"role for Foundry's models missing", upstream.URL + "/models/", token,
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Cognitive Services User", role + object, `--role "Cognitive Services User"`}},
+				" lacks the role Cognitive Services User", role + object,
+				`--role "Cognitive Services User"`}},
 		{"role for a project missing", upstream.URL + "/api/projects/p/openai/v1/", token,
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
 				" lacks the role Azure AI User", role + object, `--role "Azure AI User"`}},
@@ -2146,7 +2152,7 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 			[]string{"FAIL  upstream: ", "not this one: REDACTED…"}},
 		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"),
 			[]string{"FAIL  upstream: ", "hint: there is no such path",
-				"hint: the path of TARGET_URL has no /openai/"}},
+				"hint: TARGET_URL has " + upstream.URL + "/ without /openai/"}},
 		{"a web page", target, token, reply{200, "<html>log in</html>"},
 			[]string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
 		{"pasted URL of Foundry's models", upstream.URL + "/models/chat/completions/", token,
@@ -2243,9 +2249,9 @@ func TestCheckEndsWithWhatToPutIntoAClient(t *testing.T) {
 	}{
 		{"GPT", "/openai/", nil, list, 400, `
 ok    clients: base URL: http://localhost:8081/v1, or http://localhost:8081 where the client ` +
-			`asks for an Azure endpoint or adds /v1 itself
+			`asks for an Azure endpoint
       key: any text, as there is no EXPECTED_KEY
-      models: gpt-5, gpt-4o, c, d, e; if a client's model is not found, it wants the name of a ` +
+      models that the service lists: gpt-5, gpt-4o, c, d, e; a client's model is the name of a ` +
 			`deployment
 `},
 		{"Claude, with a key", "/anthropic/", vars{"EXPECTED_KEY": "s3cret", "PORT": "9000"}, "",
@@ -2253,10 +2259,21 @@ ok    clients: base URL: http://localhost:8081/v1, or http://localhost:8081 wher
 ok    clients: base URL for Claude: http://localhost:9000
       key: EXPECTED_KEY, where the client asks for an API key
 `},
-		{"both, on one address", "/openai/ {URL}/anthropic/", vars{"HOST": "127.0.0.2"}, "{}", 400, `
+		{"both, on one address", "/openai/ {URL}/anthropic/", vars{"HOST": "127.0.0.2"}, "{}",
+			400, `
 ok    clients: base URL: http://127.0.0.2:8081/v1, or http://127.0.0.2:8081 where the client ` +
-			`asks for an Azure endpoint or adds /v1 itself
+				`asks for an Azure endpoint
       base URL for Claude: http://127.0.0.2:8081/anthropic
+      key: any text, as there is no EXPECTED_KEY
+`},
+		{"v1 in the target", "/openai/v1/", nil, "{}", 400, `
+ok    clients: base URL: http://localhost:8081/v1
+      key: any text, as there is no EXPECTED_KEY
+`},
+		{"Claude first", "/anthropic/ {URL}/openai/", nil, "{}", 400, `
+ok    clients: base URL for Claude: http://localhost:8081
+      base URL: http://localhost:8081/openai/v1, or http://localhost:8081 where the client asks ` +
+			`for an Azure endpoint
       key: any text, as there is no EXPECTED_KEY
 `},
 		{"every address, any port", "/gateway/", vars{"HOST": "::", "PORT": "0"}, "{}", 400, `
@@ -2284,6 +2301,17 @@ ok    clients: base URL: http://localhost:PORT
 				t.Errorf("%d upstreams were tried", n)
 			}
 		})
+	}
+}
+
+// TestCheckFailsIfAnAnswerBreaksOff, even one whose beginning looks right.
+func TestCheckFailsIfAnAnswerBreaksOff(t *testing.T) {
+	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"))
+	var out bytes.Buffer
+	err := runCheck(vars{"TARGET_URL": upstream.URL + "/openai/",
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": newFakeIdentity(t).URL}, &out)
+	if err == nil || !strings.Contains(out.String(), "FAIL  upstream: no answer from ") {
+		t.Errorf("got %v and\n%s", err, &out)
 	}
 }
 
@@ -3190,8 +3218,8 @@ func TestAnswersPassUntouched(t *testing.T) {
 		{"hop-by-hop", "GET", "HTTP/1.1 200 OK\r\nConnection: X-Hop, Content-Length\r\n" +
 			"X-Hop: h\r\nKeep-Alive: k\r\nProxy-Authenticate: p\r\nContent-Length: 5\r\n" +
 			"X-End: e\r\n\r\nhello", "Content-Length: 5\r\nX-End: e", "hello"},
-		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a\r\n" +
-			"Set-Cookie: b\r\n\r\n", "Content-Length: 0\r\nSet-Cookie: a\r\nSet-Cookie: b",
+		{"two of a name", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nVary: a\r\n" +
+			"Vary: b\r\n\r\n", "Content-Length: 0\r\nVary: a\r\nVary: b",
 			""},
 		{"about the upstream's host", "GET",
 			"HTTP/1.1 200 OK\r\nStrict-Transport-Security: max-age=1\r\n" +
@@ -4002,8 +4030,9 @@ func TestUpstreamHints(t *testing.T) {
 			resp.Header.Set("Retry-After", "7")
 		}
 		req := &http.Request{URL: &url.URL{Opaque: "/openai/v1/models"}}
-		if got := withHint(f.explain(req, resp, []byte(tt.answer), "http://localhost",
-			token{authorization: "Bearer " + jwt})); !strings.Contains(got, tt.want) {
+		text, hint, _ := f.explain(req, resp, []byte(tt.answer), "http://localhost",
+			token{authorization: "Bearer " + jwt})
+		if got := withHint(text, hint); !strings.Contains(got, tt.want) {
 			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
 		}
 	}
@@ -4023,17 +4052,16 @@ func TestMistakesInAPathAreNamed(t *testing.T) {
 			"there is no such path"},
 		{"deployment without a version", openAI, "/deployments/d/chat/completions",
 			"the query lacks api-version"},
-		{"deployment with another parameter", openAI, "/openai/deployments/d/embeddings?a=api-version",
-			"the query lacks api-version"},
+		{"deployment with another parameter", openAI,
+			"/openai/deployments/d/embeddings?a=api-version", "the query lacks api-version"},
 		{"deployment with a version", openAI, "/deployments/d/x?api-version=2024-10-21",
 			"there is no such path"},
 		{"v1 twice", openAI, "/v1/v1/responses", addsIt},
 		{"v1 before openai", openAI, "/v1/openai/deployments/d/x?api-version=2024-10-21", addsIt},
 		{"v1 before deployments", openAI, "/v1/deployments/d/x?api-version=2024-10-21", addsIt},
 		{"v1 of TARGET_URL before deployments", "/openai/v1/", "/deployments/d/x?api-version=1",
-			"leave it out of TARGET_URL"},
-		{"v1 twice, TARGET_URL's among them", "/openai/v1/", "/v1/v1/models",
-			"leave it out of TARGET_URL"},
+			"leave v1 out of TARGET_URL"},
+		{"v1 twice, and in TARGET_URL", "/openai/v1/", "/v1/v1/models", addsIt},
 		{"Claude at GPT's", openAI, "/v1/messages?beta=true",
 			"Claude needs a TARGET_URL that ends in /anthropic/"},
 		{"Claude's tokens counted at GPT's", both, "/v1/messages/count_tokens",
@@ -4043,6 +4071,27 @@ func TestMistakesInAPathAreNamed(t *testing.T) {
 		{"Claude without v1, second", both, "/anthropic/messages",
 			"lacks /v1: give it http://{host}/anthropic/v1"},
 		{"GPT at Claude's", claude, "/v1/chat/completions", "GPT needs a TARGET_URL that ends in"},
+		{"GPT at Claude's, with its own path", claude, "/openai/v1/chat/completions",
+			"GPT needs a TARGET_URL that ends in /openai/"},
+		{"GPT at Claude's, which is first", "/anthropic/ {URL}/openai/", "/v1/chat/completions",
+			"GPT's base URL is http://{host}/openai/v1"},
+		{"GPT at Claude's, which is second", both, "/anthropic/v1/responses",
+			"GPT's base URL is http://{host}/v1"},
+		{"deployment at Claude's", claude, "/deployments/d/chat/completions",
+			"there is no such path"},
+		{"Claude at GPT's, with its own path", openAI, "/anthropic/v1/messages",
+			"Claude needs a TARGET_URL that ends in /anthropic/"},
+		{"Claude below GPT", both, "/openai/anthropic/v1/messages",
+			"Claude's base URL is http://{host}/anthropic"},
+		{"Claude's telemetry", both, "/anthropic/api/event_logging/batch", "there is no such path"},
+		{"Claude's root", both, "/anthropic", "there is no such path"},
+		{"GPT's root", openAI, "/openai", "there is no such path"},
+		{"openai twice", openAI, "/openai/openai/v1/responses", "there is no such path"},
+		{"another API", openAI, "/v1beta/models/x:generateContent", "there is no such path"},
+		{"target without a path before Claude's", "/ {URL}/anthropic/", "/anthropic/v1/v1/messages",
+			"leave /v1 out of its base URL, as in http://{host}/anthropic"},
+		{"chat with a version, but no deployment", openAI,
+			"/chat/completions?api-version=2024-10-21", lacksV1},
 		{"no mistake", openAI, "/v1/files/none", "there is no such path"},
 		{"v1 alone", openAI, "/v1", "there is no such path"},
 		{"TARGET_URL without a path", "/", "/openai/chat/completions", "there is no such path"},
@@ -4073,13 +4122,21 @@ func TestMissingDeploymentIsNamed(t *testing.T) {
 			`no deployment "` + long[1:] + `" in`},
 		{"65 characters", "/v1/responses", `{"model":"` + long + `"}`,
 			"no deployment of this name in"},
-		{"forged", "/v1/responses", `{"model":"LEAK\n2026/01/01"}`, "no deployment of this name in"},
+		{"forged", "/v1/responses", `{"model":"LEAK\n2026/01/01"}`,
+			"no deployment of this name in"},
 		{"not ASCII", "/v1/responses", `{"model":"LEAK\u202e"}`, "no deployment of this name in"},
 		{"quotes", "/v1/responses", `{"model":"a\"; hint: b"}`, `no deployment "a\"; hint: b" in`},
-		{"the key", "/v1/responses", `{"model":"s3cret-of-the-clients"}`,
+		{"the key", "/v1/responses", `{"model":"s3cret-\"of\\the-clients"}`,
 			`no deployment "REDACTED" in`},
+		{"the key in a path",
+			"/deployments/s3cret-%22of%5Cthe-clients/x?api-version=2024-10-21", "",
+			`no deployment "REDACTED" in`},
+		{"in capitals", "/v1/responses", `{"MODEL":"LEAK"}`, "no deployment of this name in"},
+		{"model of another provider", "/v1/responses", `{"model":"openai/gpt-5"}`,
+			`no deployment "openai/gpt-5" in`},
 		{"number", "/v1/responses", `{"model":5,"b":"LEAK"}`, "no deployment of this name in"},
 		{"not JSON", "/v1/responses", `model=LEAK`, "no deployment of this name in"},
+		{"cut JSON", "/v1/responses", `{"model":"LEAK"`, "no deployment of this name in"},
 		{"JSON and more", "/v1/responses", `{"model":"LEAK"} {}`, "no deployment of this name in"},
 		{"no body", "/v1/responses", ``, "no deployment of this name in"},
 		{"longer than 256 KiB", "/v1/responses",
@@ -4094,9 +4151,9 @@ func TestMissingDeploymentIsNamed(t *testing.T) {
 				writeJSON(w, 404, `{"error":{"code":"DeploymentNotFound","message":"LEAK"}}`)
 			})
 			p := startProxy(t, newFakeIdentity(t), upstream,
-				vars{"EXPECTED_KEY": "s3cret-of-the-clients"})
+				vars{"EXPECTED_KEY": `s3cret-"of\the-clients`})
 			p.do(t, fmt.Sprintf("POST %s HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n"+
-				"api-key: s3cret-of-the-clients\r\nConnection: close\r\n\r\n%s",
+				"api-key: s3cret-\"of\\the-clients\r\nConnection: close\r\n\r\n%s",
 				tt.target, len(tt.body), tt.body))
 			logged.waitFor(t, tt.want)
 			if text := logged.String(); strings.Contains(text, "LEAK") ||
@@ -4117,7 +4174,8 @@ func TestDebugTellsOfEveryAnswer(t *testing.T) {
 			`debug: POST /v1/x\?: answer 200 OK, first byte after \d.*s, end after \d.*s, ` +
 				`10 bytes up, 4 down, apim-request-id id-1$`},
 		{"streamed upload", "POST /v1/x HTTP/1.1\r\nHost: {host}\r\n" +
-			"Content-Length: 307200\r\n\r\n" + long, `: answer 200 OK, .*, 307200 bytes up, 4 down,`},
+			"Content-Length: 307200\r\n\r\n" + long,
+			`: answer 200 OK, .*, 307200 bytes up, 4 down,`},
 		{"refusal", "GET /v1/refused HTTP/1.1\r\nHost: {host}\r\n\r\n",
 			`debug: GET /v1/refused: answer 418 I'm a teapot, .*, 0 bytes up, 6 down, ` +
 				`apim-request-id none$`},
@@ -4125,7 +4183,7 @@ func TestDebugTellsOfEveryAnswer(t *testing.T) {
 			"Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
 			`debug: GET /v1/realtime: tunnel 101 Switching Protocols, .*, 3 bytes up, 5 down, `},
 		{"cut answer", "GET /v1/cut HTTP/1.1\r\nHost: {host}\r\n\r\n",
-			`debug: GET /v1/cut: answer 200 OK, .*, 0 bytes up, 4 down, `},
+			`debug: GET /v1/cut: part of an answer 200 OK, .*, 0 bytes up, 4 down, `},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -81,10 +81,14 @@ type token struct {
 	refresh       time.Time // it is due to be replaced from then on
 }
 
-// validAt compares by both clocks that a time.Time holds: the monotonic clock
-// stands still while a machine sleeps, and the wall clock may be set back.
-func (t token) validAt(now time.Time) bool {
-	return now.Before(t.expires) && now.Round(0).Before(t.expires.Round(0))
+// validAt tells whether the token can be sent.
+func (t token) validAt(now time.Time) bool { return until(t.expires, now) > 0 }
+
+// until is how long it takes from now to t, by that of the two clocks in a
+// time.Time which says less: the monotonic clock stands still while a machine
+// sleeps, and the wall clock, which is what Round leaves, may be set back.
+func until(t, now time.Time) time.Duration {
+	return min(t.Sub(now), t.Round(0).Sub(now.Round(0)))
 }
 
 // claims are what a token says of itself (Microsoft's "Access token claims
@@ -121,20 +125,23 @@ type tokenSource struct {
 	mu         sync.Mutex    // protects the fields below
 	held       token         // the zero token before the first success
 	failure    error         // of the last fetch; nil after a success
-	quietUntil time.Time     // no fetch begins before; set after a failure
+	quietUntil time.Time     // no fetch begins before; zero after a success
 	rejectedAt time.Time     // when a 401 last made held due for refresh
 	turn       chan struct{} // closed and replaced after each turn of run
-	tried      error         // why the fetch under way has no token so far
+	cause      error         // why the fetch under way has no token so far
 	toldLate   bool          // the log has said that there is no token yet
 }
 
-func newTokenSource(fetch func(context.Context) (token, error),
-	now func() time.Time) *tokenSource {
+// newTokenSource makes a token source; cause is why there is no token until fetch
+// has said more.
+func newTokenSource(fetch func(context.Context) (token, error), now func() time.Time,
+	cause error) *tokenSource {
 	return &tokenSource{
 		fetch:    fetch,
 		now:      now,
 		asked:    make(chan struct{}, 1),
 		lateTime: 1500 * time.Millisecond,
+		cause:    cause,
 		turn:     make(chan struct{}),
 	}
 }
@@ -184,7 +191,7 @@ func (s *tokenSource) isDue(now time.Time) bool {
 	if now.Before(s.quietUntil) {
 		return false
 	}
-	return !s.held.validAt(now) || !now.Before(s.held.refresh)
+	return !s.held.validAt(now) || until(s.held.refresh, now) <= 0
 }
 
 // ask wakes run, which looks for itself whether a fetch is due.
@@ -211,9 +218,8 @@ func (s *tokenSource) run(ctx context.Context) {
 				err = errors.New("the token expired as soon as it came")
 			}
 			if ctx.Err() == nil {
-				s.tell(t, err)
+				s.publish(t, err)
 			}
-			s.publish(t, err)
 		}
 		s.wakeWaiters()
 		select {
@@ -225,10 +231,34 @@ func (s *tokenSource) run(ctx context.Context) {
 	}
 }
 
-// tell logs the outcome of a fetch: the first token, and each failure.
-func (s *tokenSource) tell(t token, err error) {
+// untilDue is how long run may wait before it looks again.
+func (s *tokenSource) untilDue() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	now := s.now()
+	if !s.held.validAt(now) {
+		return unaskedPause
+	}
+	return max(until(s.held.refresh, now), until(s.quietUntil, now), time.Second)
+}
+
+// publish logs and keeps the outcome of a fetch. A failure leaves the old token
+// in use for as long as that is valid.
+func (s *tokenSource) publish(t token, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tell(t, err)
+	s.failure = err
+	if err == nil {
+		s.held = t
+		s.quietUntil = time.Time{}
+	} else {
+		s.quietUntil = s.now().Add(s.pauseAfter(err))
+	}
+}
+
+// tell logs the first token, and each failure. The caller holds s.mu.
+func (s *tokenSource) tell(t token, err error) {
 	isFirst := s.held.authorization == ""
 	switch {
 	case err == nil && isFirst:
@@ -250,42 +280,16 @@ func (s *tokenSource) tell(t token, err error) {
 func (s *tokenSource) tellLate() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.held.authorization != "" || s.toldLate {
-		return
+	if s.held.authorization == "" && !s.toldLate {
+		s.tell(token{}, s.cause)
 	}
-	s.toldLate = true
-	log.Printf("no token yet: %v; trying goes on", s.tried)
 }
 
-// willRetry keeps for tellLate why a fetch that goes on has no token so far.
-func (s *tokenSource) willRetry(err error) {
+// setCause keeps for tellLate why a fetch that goes on has no token so far.
+func (s *tokenSource) setCause(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.tried = err
-}
-
-// untilDue is how long run may wait before it looks again.
-func (s *tokenSource) untilDue() time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := s.now()
-	if !s.held.validAt(now) {
-		return unaskedPause
-	}
-	return max(s.held.refresh.Sub(now), s.quietUntil.Sub(now), time.Second)
-}
-
-// publish keeps the outcome of a fetch. A failure leaves the old token in use
-// for as long as that is valid.
-func (s *tokenSource) publish(t token, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.failure = err
-	if err == nil {
-		s.held = t
-	} else {
-		s.quietUntil = s.now().Add(s.pauseAfter(err))
-	}
+	s.cause = err
 }
 
 // wakeWaiters has those who wait for a token look again.
@@ -301,7 +305,7 @@ func (s *tokenSource) wakeWaiters() {
 // is overloaded may ask for more. The caller holds s.mu.
 func (s *tokenSource) pauseAfter(err error) time.Duration {
 	pause := pauseWithoutToken
-	if left := s.held.expires.Sub(s.now()); left > pause {
+	if left := until(s.held.expires, s.now()); left > pause {
 		pause = min(left, pauseWithToken)
 	}
 	var failed *fetchError
@@ -346,7 +350,7 @@ type endpoint struct {
 	noAnswerHint string // what it may mean that it does not answer
 	mustEchoID   bool   // an answer without clientID in it is another identity's
 
-	willRetry func(error) // is told why a try failed, if another follows; may be nil
+	onRetry   func(error) // is told why a try failed, if another follows; may be nil
 	debug     bool
 	secrets   *secrets
 	transport *http.Transport
@@ -382,8 +386,7 @@ func arcFilesHere(getenv func(string) string) arcFiles {
 
 // requirements are variables that mean nothing unless one of some others is
 // set too. The Azure SDKs fall back to IMDS then, which fails later with less to
-// go by. newEndpoint refuses them before its switch chooses, so an
-// IDENTITY_ENDPOINT that has no IDENTITY_HEADER has an IMDS_ENDPOINT there.
+// go by. newEndpoint refuses them before its switch chooses.
 var requirements = []struct {
 	name  string
 	oneOf []string
@@ -431,7 +434,8 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	// No redirect is followed, as a RoundTripper never does. It would show the
 	// request's secret to another host.
 	e.transport = &http.Transport{
-		Proxy:                  nil,  // none on the way to the host's own link
+		Proxy:                  nil, // none on the way to the host's own link
+		OnProxyConnectResponse: readConnect,
 		DisableKeepAlives:      true, // there are hours between two requests
 		DisableCompression:     true, // ask for no gzip
 		MaxResponseHeaderBytes: maxAnswer,
@@ -512,11 +516,13 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 			return req, nil
 		}
 
-	case isSet("IDENTITY_ENDPOINT") || exists(arc.agent):
+	case isSet("IDENTITY_ENDPOINT") && isSet("IMDS_ENDPOINT"), exists(arc.agent):
 		// Azure Arc ("Authenticate against Azure resources with Azure
 		// Arc-enabled servers"). A service that was started before the agent was
 		// installed lacks its variables, so the agent's file counts too. Older
 		// agents ignore client_id and give the token of the host's own identity.
+		// Their answer does not repeat the client id, by which azidentity 1.15, of
+		// the Azure SDK for Go, knows them as well.
 		e.name, e.why = "Azure Arc", "marked by IDENTITY_ENDPOINT and IMDS_ENDPOINT"
 		if !isSet("IDENTITY_ENDPOINT") {
 			e.why = "marked by " + arc.agent
@@ -663,6 +669,8 @@ func readKey(challenge, dir string) (string, error) {
 	if !ok || file != filepath.Join(dir, filepath.Base(file)) || filepath.Ext(file) != ".key" {
 		return "", fmt.Errorf("it does not name a .key file in %s", dir)
 	}
+	// Nobody but root can exchange the file in between. An error of Lstat comes up
+	// again with ReadFile.
 	info, err := os.Lstat(file)
 	if err == nil && (!info.Mode().IsRegular() || info.Size() > 4096) {
 		return "", fmt.Errorf("%s is not a regular file of 4096 bytes at most", file)
@@ -712,6 +720,8 @@ func (e *endpoint) errorf(format string, args ...any) *fetchError {
 // fetch gets a token, with retries while they may help and there is time. Its
 // error is a *fetchError.
 func (e *endpoint) fetch(ctx context.Context) (token, error) {
+	// The context bounds requests, which take real time. The pauses are counted by
+	// e.now, which a test may set, as e.sleep.
 	ctx, cancel := context.WithTimeout(ctx, fetchTime)
 	defer cancel()
 	deadline := e.now().Add(fetchTime)
@@ -727,8 +737,8 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 		if e.now().Add(wait).After(deadline) {
 			return token{}, err
 		}
-		if e.willRetry != nil {
-			e.willRetry(err)
+		if e.onRetry != nil {
+			e.onRetry(err)
 		}
 		e.sleep(ctx, wait)
 		if ctx.Err() != nil {
@@ -1017,6 +1027,15 @@ func (status proxyRefusal) Error() string {
 	return "HTTPS_PROXY answered " + statusText(int(status))
 }
 
+// readConnect is for a transport's OnProxyConnectResponse. The transport's own
+// error would not say that it was the proxy that refused.
+func readConnect(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
+	if resp.StatusCode != http.StatusOK {
+		return proxyRefusal(resp.StatusCode)
+	}
+	return nil
+}
+
 // statusText is a status for the log, in Go's words and not in the peer's.
 func statusText(code int) string {
 	return strings.TrimSpace(strconv.Itoa(code) + " " + http.StatusText(code))
@@ -1136,7 +1155,7 @@ func isLoopback(host string) bool {
 	return name == "localhost" || net.ParseIP(host).IsLoopback()
 }
 
-// isDebug tells whether the log is to speak about tokens.
+// isDebug tells whether the log is to have lines for debugging.
 func isDebug(getenv func(string) string) bool {
 	return strings.EqualFold(getenv("AZURE_LOG_LEVEL"), "debug")
 }

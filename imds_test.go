@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -197,7 +198,7 @@ func newTestTokens(t testing.TB, f *fakeIdentity, env string) (*tokenSource, *fa
 // runTokens runs a token source until the test ends.
 func runTokens(t testing.TB, fetch func(context.Context) (token, error),
 	now func() time.Time) *tokenSource {
-	tokens := newTokenSource(fetch, now)
+	tokens := newTokenSource(fetch, now, nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan bool)
 	go func() {
@@ -466,7 +467,7 @@ func TestTokenThatExpiresOnTheWayIsAFailure(t *testing.T) {
 // the token source does not any more.
 func TestClockSetBackLeavesNobodyWaiting(t *testing.T) {
 	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	tokens := newTokenSource(nil, c.now) // nothing is to be fetched
+	tokens := newTokenSource(nil, c.now, nil) // nothing is to be fetched
 	end := c.now().Add(time.Hour)
 	tokens.held = token{authorization: "Bearer token-1", expires: end, refresh: end}
 	c.advance(2 * time.Hour)
@@ -529,7 +530,7 @@ func TestTokenSourceEndsWithoutAWord(t *testing.T) {
 		<-r.Context().Done()
 	})
 	e, c := newTestEndpoint(t, f, imdsEnv, "")
-	tokens := newTokenSource(e.fetch, c.now)
+	tokens := newTokenSource(e.fetch, c.now, nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan bool)
 	go func() {
@@ -601,7 +602,7 @@ func TestUpstream401MakesTokenDueForRefresh(t *testing.T) {
 // heldToken is a source that holds a token.
 func heldToken() *tokenSource {
 	later := time.Now().Add(time.Hour)
-	s := newTokenSource(nil, time.Now)
+	s := newTokenSource(nil, time.Now, nil)
 	s.held = token{authorization: "Bearer token", expires: later, refresh: later}
 	return s
 }
@@ -1073,6 +1074,23 @@ func TestFetchEndsWithItsContext(t *testing.T) {
 		t.Errorf("got %v after %d pauses, want an error after one", err, pauses)
 	}
 	f.wantFetches(t, 1)
+}
+
+// TestProxyBeforeEntraIsNamed, if it refuses.
+func TestProxyBeforeEntraIsNamed(t *testing.T) {
+	e, _ := newTestEndpoint(t, newFakeIdentity(t), "AZURE_AUTHORITY_HOST=https://localhost "+
+		"AZURE_TENANT_ID=t AZURE_CLIENT_ID=c AZURE_FEDERATED_TOKEN_FILE=go.mod", "")
+	refusing, err := url.Parse(newUpstream(t, answerRaw("HTTP/1.1 407 Proxy Authentication "+
+		"Required\r\n\r\n")).URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.transport.Proxy = http.ProxyURL(refusing)
+	_, failure := e.fetch(context.Background())
+	if failure == nil || !strings.Contains(failure.Error(), "workload identity at localhost gave "+
+		"no answer: HTTPS_PROXY answered 407 Proxy Authentication Required") {
+		t.Errorf("got %v", failure)
+	}
 }
 
 func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {

@@ -55,9 +55,9 @@ type variable struct {
 }
 
 // settings are the operator's. They may be in a .env file too: whoever starts
-// the program in a directory trusts the .env there with where requests go, and
-// with which identity of this host. The log names what was taken from it, and
-// the target.
+// the program in a directory trusts the .env there with where requests go, with
+// which identity of this host, and who may send them. All of that is in the
+// first lines of the log, and so is what was taken from the file.
 var settings = []variable{
 	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
 		"https://my-aoai.openai.azure.com/openai/\n" +
@@ -75,14 +75,14 @@ var settings = []variable{
 		"one by default", checkHeaderValue},
 	{"DRAIN_DELAY", "how long to go on accepting after SIGTERM, such as 10s, until a\n" +
 		"balancer has seen that /readyz says 503; 0 by default", checkDrainDelay},
-	{"AZURE_LOG_LEVEL", "debug adds a line per answer, token fetch and probe", nil},
+	{"AZURE_LOG_LEVEL", "debug adds a line per answer of the upstream, token fetch and\n" +
+		"probe", nil},
 }
 
 // platformVariables are set by the platform, or by who runs the host. They are
-// read from the environment alone: with them a .env file, which may have come
-// with somebody's repository, could have tokens come from elsewhere, or put
-// itself between the program and the target, and nothing of that would show in
-// the target.
+// read from the environment alone: with them a .env file could have tokens come
+// from elsewhere, or put another host between the program and the target, and the
+// first lines of the log would look as they always do.
 var platformVariables = []variable{
 	{"IDENTITY_ENDPOINT", "set by App Service, Functions, Container Apps, Automation,\n" +
 		"Azure Arc and Service Fabric", nil},
@@ -115,8 +115,9 @@ var platformVariables = []variable{
 // 1.22", so that Go 1.22 can build this one. The price is that a newer Go keeps
 // to the defaults of 1.22, and so the newer ones are set here, each with the Go
 // version that made it the default. An older Go ignores what it does not know.
-// They are described in "Go, Backwards Compatibility, and GODEBUG", and two
-// tests see that Go knows their names and that the handshake heeds them.
+// They are described in "Go, Backwards Compatibility, and GODEBUG". That Go knows
+// their names, heeds them although they are set at run time, and of two values of
+// one takes the last, is what two tests see, in the handshake itself.
 var tlsDefaults = []string{
 	"tls3des=0",                     // 1.23: offer no 3DES
 	"x509negativeserial=0",          // 1.23: accept no certificate with a negative serial number
@@ -127,8 +128,8 @@ var tlsDefaults = []string{
 	"x509sslcertoverrideplatform=1", // 1.27: heed SSL_CERT_FILE on Windows and macOS, too
 }
 
-// init puts tlsDefaults into GODEBUG, which the Go library heeds while the
-// program runs. What the operator has put there stands last, and so it counts.
+// init puts tlsDefaults into GODEBUG. What the operator has put there stands
+// last, and so it counts.
 func init() {
 	all := tlsDefaults
 	if own := os.Getenv("GODEBUG"); own != "" {
@@ -229,7 +230,7 @@ func printVariables(out io.Writer, variables []variable) {
 	}
 }
 
-// isTerminal tells whether out is a terminal that understands colours. Older
+// isTerminal tells whether out is a terminal, which understands colours. Older
 // ones of Windows do not.
 func isTerminal(out io.Writer) bool {
 	file, ok := out.(*os.File)
@@ -361,6 +362,8 @@ func parseDotEnvValue(text string) (value string, ok bool) {
 	if !ok {
 		return "", false
 	}
+	// In a bare value a # begins a comment only after a space or a tab, which may
+	// be the first character here. So only a quoted value is trimmed.
 	quoted := strings.TrimSpace(text)
 	if strings.HasPrefix(quoted, `"`) || strings.HasPrefix(quoted, "'") {
 		quote := quoted[:1]
@@ -368,7 +371,6 @@ func parseDotEnvValue(text string) (value string, ok bool) {
 		rest = strings.TrimSpace(rest)
 		return value, closed && (rest == "" || strings.HasPrefix(rest, "#"))
 	}
-	// In a bare value a # begins a comment only after a space or a tab.
 	text = strings.ReplaceAll(text, "\t#", " #")
 	value, _, _ = strings.Cut(text, " #")
 	return strings.TrimSpace(value), true
@@ -614,16 +616,16 @@ type service struct {
 }
 
 func newService(cfg *config) *service {
-	tokens := newTokenSource(cfg.endpoint.fetch, time.Now)
+	// The log of a late token says why: first this, and then what went wrong last.
+	silent := cfg.endpoint.noAnswer("has not answered yet")
+	tokens := newTokenSource(cfg.endpoint.fetch, time.Now, silent)
+	cfg.endpoint.onRetry = tokens.setCause
 	s := &service{
 		cfg:       cfg,
 		tokens:    tokens,
 		forwarder: newForwarder(cfg.targets, cfg.key, tokens, cfg.secrets),
 		drainTime: 10 * time.Minute,
 	}
-	// The log of a late token says why: first this, and then what went wrong last.
-	tokens.willRetry(cfg.endpoint.noAnswer("has not answered yet"))
-	cfg.endpoint.willRetry = tokens.willRetry
 	s.forwarder.debug = cfg.debug
 	s.server = &http.Server{
 		Handler:                      http.HandlerFunc(s.route),
@@ -632,7 +634,7 @@ func newService(cfg *config) *service {
 		ReadTimeout:                  0,                // an upload may take its time
 		WriteTimeout:                 0,                // so may a model
 		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
-		MaxHeaderBytes:               64 << 10,         // codex sends kilobytes
+		MaxHeaderBytes:               64 << 10,         // not Go's 1 MiB; codex sends some KiB
 	}
 	return s
 }
@@ -715,14 +717,17 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	// handler that is still there after breakTime waits for its client to read or
 	// to send, and Close ends that. What Close does not know of, a connection that
 	// a handler has taken over from the server, is closed by that handler within
-	// lingerTime. So finished is certain to come.
+	// lingerTime. Whatever is still there then ends with the program.
 	cancel()
 	select {
 	case <-finished:
 	case <-time.After(breakTime):
 	}
 	s.server.Close()
-	<-finished
+	select {
+	case <-finished:
+	case <-time.After(lingerTime + breakTime):
+	}
 	log.Print("stopped")
 	return nil
 }
@@ -759,7 +764,7 @@ func (s *service) logStart(listeners []net.Listener) {
 	cfg := s.cfg
 	for _, u := range cfg.targets {
 		if !isDocumented(u.Path) {
-			log.Print("warning: " + undocumented)
+			log.Print("warning: " + undocumented(u))
 		}
 	}
 	reach := ""
@@ -783,8 +788,10 @@ func isDocumented(path string) bool {
 }
 
 // undocumented warns of a TARGET_URL whose /openai/ may have been forgotten.
-const undocumented = "the path of TARGET_URL has no /openai/, /anthropic/ or /models/ in it, " +
-	"which is right for a gateway's own path only"
+func undocumented(target *url.URL) string {
+	return "TARGET_URL has " + target.String() + " without /openai/, /anthropic/ or /models/, " +
+		"which is right for a gateway's own path only"
+}
 
 // whoMayUseIt says who can speak with the identity through the proxy.
 func (c *config) whoMayUseIt() string {
@@ -801,7 +808,7 @@ func (c *config) whoMayUseIt() string {
 	return "warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity"
 }
 
-// checkTime bounds the request of -check to the upstream.
+// checkTime bounds a request of -check to the upstream.
 const checkTime = 20 * time.Second
 
 // finding is what one step of -check has found.
@@ -912,24 +919,20 @@ func hintLines(hints ...string) (lines []string) {
 // the models that the service lists, too.
 func checkUpstream(cfg *config, t token) (found []finding, models []string) {
 	f := newForwarder(cfg.targets, cfg.key, nil, cfg.secrets)
-	ctx, cancel := context.WithTimeout(context.Background(), checkTime)
-	defer cancel()
 	for i, target := range cfg.targets {
 		req := checkRequest(target)
 		req.Header.Set("Authorization", t.authorization)
-		resp, err := f.transport.RoundTrip(req.WithContext(ctx))
+		resp, body, err := f.ask(req)
 		if err != nil {
 			text, hint := f.describeFailure(err)
 			failed := finding{step: "upstream", text: text, failed: true, below: hintLines(hint)}
 			return append(found, failed), nil // the others have the same host
 		}
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer)) // a part of it will do
-		resp.Body.Close()
 		if i == 0 && resp.TLS != nil {
 			found = append(found, finding{step: "TLS", text: fmt.Sprintf("%s, certificate of %s",
 				tls.VersionName(resp.TLS.Version), resp.TLS.PeerCertificates[0].Subject)})
 		}
-		text, hint := f.explain(req, resp, body, cfg.clientBase(), t)
+		text, hint, role := f.explain(req, resp, body, cfg.clientBase(), t)
 		plain, _ := unpacked(body, resp.Header.Get("Content-Encoding"))
 		asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
 		one := finding{step: "upstream", text: asked + ": " + text}
@@ -937,12 +940,29 @@ func checkUpstream(cfg *config, t token) (found []finding, models []string) {
 			one.text += remark
 		} else {
 			one.failed = true
-			one.below = f.whatToDo(target, req, plain, hint, t)
+			one.below = f.whatToDo(target, plain, hint)
+			if role != "" {
+				one.below = append(one.below,
+					roleCommand(role, t.claims().Object, target.Hostname())...)
+			}
 		}
 		found = append(found, one)
 		models = append(models, modelIDs(plain)...)
 	}
 	return found, models
+}
+
+// ask sends a request of -check, and reads the beginning of its answer.
+func (f *forwarder) ask(req *http.Request) (*http.Response, []byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), checkTime)
+	defer cancel()
+	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
+	if err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	return resp, body, err
 }
 
 // checkRequest asks for something that only a right URL, token and role get:
@@ -980,26 +1000,23 @@ func isRight(target *url.URL, req *http.Request, status int, plain []byte) (
 		errorCode(plain) == "invalid_request_error":
 		return ": as it should of an empty object", true
 	case target.Path == "/models/" && status == http.StatusNotFound:
-		// Foundry's model inference has no request that uses no model.
+		// Foundry's model inference has no request that uses no model. It was
+		// asked for /models/, the target itself.
 		return ", as services without a list of models do; " +
 			"whether the role is there is not shown", true
 	}
 	return "", false
 }
 
-// whatToDo are the lines below a wrong answer to req: what is wrong and how to
-// mend it, as far as that is known, and what the service says.
-func (f *forwarder) whatToDo(target *url.URL, req *http.Request, plain []byte, hint string,
-	t token) []string {
+// whatToDo are the lines below a wrong answer: how to mend it, as far as that is
+// known, and what the service says.
+func (f *forwarder) whatToDo(target *url.URL, plain []byte, hint string) []string {
 	lines := hintLines(hint)
 	if !isDocumented(target.Path) {
-		lines = append(lines, hintLines(undocumented)...)
+		lines = append(lines, hintLines(undocumented(target))...)
 	}
 	if len(plain) > 0 {
 		lines = append(lines, "it says: "+f.secrets.safe(string(plain), maxPiece))
-	}
-	if role := roleFor(req.URL.Opaque); strings.Contains(hint, role) {
-		lines = append(lines, roleCommand(role, t.claims().Object, req.URL.Hostname())...)
 	}
 	return lines
 }
@@ -1053,9 +1070,12 @@ func clientSettings(cfg *config, models []string) finding {
 		switch {
 		case strings.Contains(u.Path, "/anthropic/"):
 			lines = append(lines, "base URL for Claude: "+base)
+		case lastSegment(u) == "openai":
+			// A client of an Azure endpoint adds /openai/ itself.
+			lines = append(lines, "base URL: "+base+"/v1, or "+cfg.clientBase()+
+				" where the client asks for an Azure endpoint")
 		case strings.Contains(u.Path, "openai"):
-			lines = append(lines, "base URL: "+base+"/v1, or "+base+
-				" where the client asks for an Azure endpoint or adds /v1 itself")
+			lines = append(lines, "base URL: "+base+"/v1")
 		default:
 			lines = append(lines, "base URL: "+base)
 		}
@@ -1066,8 +1086,8 @@ func clientSettings(cfg *config, models []string) finding {
 		lines = append(lines, "key: EXPECTED_KEY, where the client asks for an API key")
 	}
 	if len(models) > 0 {
-		lines = append(lines, "models: "+strings.Join(models, ", ")+
-			"; if a client's model is not found, it wants the name of a deployment")
+		lines = append(lines, "models that the service lists: "+strings.Join(models, ", ")+
+			"; a client's model is the name of a deployment")
 	}
 	return finding{step: "clients", text: lines[0], below: lines[1:]}
 }
