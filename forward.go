@@ -155,6 +155,10 @@ const lingerTime = time.Second
 // written. After that a POST is never sent again.
 const smallBody = 256 << 10
 
+// writeBuffer is the size of an upstream connection's buffer for writing, in
+// bytes. A head with a token, about 4 KiB, and a short body leave in one write.
+const writeBuffer = 8 << 10
+
 // earlyAnswerTime is how long an upload that failed waits for an answer which
 // the upstream sent before. See upload.withEarlyAnswer.
 const earlyAnswerTime = 250 * time.Millisecond
@@ -231,7 +235,7 @@ func newForwarder(to targets, key string, tokens *tokenSource, hidden *secrets) 
 			ExpectContinueTimeout:  0,                // Expect is not forwarded
 			DisableCompression:     true,             // an answer passes as it is
 			MaxResponseHeaderBytes: 1 << 20,
-			WriteBufferSize:        16 << 10, // a head and a short body in one write
+			WriteBufferSize:        writeBuffer,
 		},
 	}
 }
@@ -298,6 +302,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if resp.StatusCode == http.StatusUnauthorized {
 		f.tokens.rejected(t)
+	}
+	if held, ok := req.Body.(*heldBody); ok && resp.StatusCode < 400 {
+		held.letGo() // of a refusal's, the log may show the model
 	}
 
 	// Copy the answer.
@@ -508,9 +515,14 @@ func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgr
 		if err != nil {
 			return nil, err
 		}
-		// With GetBody the transport can send the body again.
-		req.GetBody = func() (io.ReadCloser, error) {
-			return io.NopCloser(bytes.NewReader(body)), nil
+		// With GetBody the transport can send the body again. It sends the head
+		// and the body in one write only if the body is of a type that it knows.
+		if len(body) <= writeBuffer {
+			req.GetBody = func() (io.ReadCloser, error) {
+				return io.NopCloser(bytes.NewReader(body)), nil
+			}
+		} else {
+			req.GetBody = newHeldBody(body).again
 		}
 		req.Body, _ = req.GetBody()
 	default: // long, or of unknown length, which is -1
@@ -518,6 +530,46 @@ func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgr
 	}
 	return req.WithContext(r.Context()), nil
 }
+
+// heldBody reads a small body that is too long to leave together with the head.
+// A prompt may have 200 KiB and its answer go on for minutes, so the body is held
+// for no longer than it may have to be sent again, which is until the answer
+// begins.
+type heldBody struct {
+	all  *atomic.Pointer[[]byte] // the same for each copy; nil after letGo
+	rest []byte
+}
+
+func newHeldBody(body []byte) *heldBody {
+	b := &heldBody{all: new(atomic.Pointer[[]byte])}
+	b.all.Store(&body)
+	return b
+}
+
+// again makes a copy that reads from the beginning.
+func (b *heldBody) again() (io.ReadCloser, error) {
+	all := b.all.Load()
+	if all == nil {
+		return nil, errAnswered
+	}
+	return &heldBody{all: b.all, rest: *all}, nil
+}
+
+// letGo drops the body. A copy that is being read is read to its end.
+func (b *heldBody) letGo() { b.all.Store(nil) }
+
+func (b *heldBody) Read(p []byte) (int, error) {
+	n := copy(p, b.rest)
+	b.rest = b.rest[n:]
+	if len(b.rest) == 0 {
+		b.rest = nil // the transport holds b until the answer ends
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// Close is called by the transport.
+func (b *heldBody) Close() error { return nil }
 
 // readBody reads a small body, which has f.bodyTime to arrive.
 func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
@@ -760,26 +812,27 @@ func copyHeader(h, upstream http.Header) {
 // clientError is a failure to write to the client, and not the upstream's.
 type clientError struct{ error }
 
-// buffers are for streams, of which many may be open: an event is small.
-var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
-
-// bulkAnswer is the length, in bytes, from which an answer is copied through a
-// buffer of its own: 32 KiB take an eighth of the reads and writes.
-const bulkAnswer = 64 << 10
+// A stream reads into a quiet buffer, as many may be open and an event is small.
+// It borrows a bulk buffer while more comes than fits in there.
+var (
+	quietBuffers = sync.Pool{New: func() any { return new([1 << 10]byte) }}
+	bulkBuffers  = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+)
 
 // copyBody passes an answer's body on: what is read is written and flushed at
 // once. It returns how many bytes came, and the beginning of a refusal, to be
 // explained in the log.
 func copyBody(w http.ResponseWriter, resp *http.Response) (
 	received int64, beginning []byte, err error) {
-	var buf []byte
-	if resp.ContentLength >= bulkAnswer {
-		buf = make([]byte, 32<<10)
-	} else {
-		small := buffers.Get().(*[4 << 10]byte)
-		defer buffers.Put(small)
-		buf = small[:]
-	}
+	quiet := quietBuffers.Get().(*[1 << 10]byte)
+	buf := quiet[:]
+	var bulk *[32 << 10]byte
+	defer func() {
+		quietBuffers.Put(quiet)
+		if bulk != nil {
+			bulkBuffers.Put(bulk)
+		}
+	}()
 
 	// The head of a stream goes out before the first event. One of known length
 	// goes out with the beginning of its body.
@@ -806,6 +859,14 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (
 		}
 		if err := client.Flush(); err != nil {
 			return received, beginning, clientError{err}
+		}
+		switch {
+		case bulk == nil && n == len(quiet):
+			bulk = bulkBuffers.Get().(*[32 << 10]byte)
+			buf = bulk[:]
+		case bulk != nil && n < len(quiet):
+			bulkBuffers.Put(bulk)
+			bulk, buf = nil, quiet[:]
 		}
 	}
 }

@@ -2826,7 +2826,8 @@ func TestSmallBodiesCanBeSentAgain(t *testing.T) {
 	for _, tt := range []struct {
 		size  int64
 		again bool
-	}{{1, true}, {smallBody, true}, {smallBody + 1, false}, {-1, false}} {
+	}{{1, true}, {writeBuffer, true}, {writeBuffer + 1, true}, {smallBody, true},
+		{smallBody + 1, false}, {-1, false}} {
 		r := httptest.NewRequest("POST", "/x", io.LimitReader(zeros{}, smallBody+1))
 		r.ContentLength = tt.size
 		req, err := f.upstreamRequest(httptest.NewRecorder(), r, false)
@@ -2838,6 +2839,26 @@ func TestSmallBodiesCanBeSentAgain(t *testing.T) {
 }
 
 // forward.go: get the token.
+
+// TestBodyGoesWholeThoughTheAnswerHasBegun: what is held of it is let go then.
+func TestBodyGoesWholeThoughTheAnswerHasBegun(t *testing.T) {
+	followLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		controller := http.NewResponseController(w)
+		controller.EnableFullDuplex()
+		controller.Flush() // the head
+		n, err := io.Copy(io.Discard, r.Body)
+		fmt.Fprint(w, n, err)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	for _, size := range []int{1, writeBuffer, writeBuffer + 1, smallBody, smallBody + 1} {
+		_, answer := p.do(t, fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d"+
+			"\r\nConnection: close\r\n\r\n%s", size, strings.Repeat("b", size)))
+		if want := fmt.Sprint(size, " <nil>"); answer != want {
+			t.Errorf("the upstream read %q of %d bytes", answer, size)
+		}
+	}
+}
 
 func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
 	followLog(t)

@@ -1097,6 +1097,10 @@ func (s *secrets) redact(text string) string {
 	for _, secret := range s.values {
 		text = strings.ReplaceAll(text, secret.value, "REDACTED")
 	}
+	// Most texts are short and have no word to look at more closely.
+	if !s.mayBePart(text) {
+		return text
+	}
 	return tokenWord.ReplaceAllStringFunc(text, func(word string) string {
 		if s.mayBePart(word) {
 			return "REDACTED"
@@ -1110,8 +1114,8 @@ func (s *secrets) redact(text string) string {
 // words in a path.
 var tokenWord = regexp.MustCompile(`[A-Za-z0-9._~+=-]+`)
 
-// mayBePart tells whether a word may be a part of a token. The caller holds
-// s.mu.
+// mayBePart tells whether a word may be a part of a token, or a text may have
+// such a word. The caller holds s.mu.
 func (s *secrets) mayBePart(word string) bool {
 	containsStart := func(secret secret) bool {
 		start := secret.value[:min(secretStart, len(secret.value))]
