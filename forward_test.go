@@ -2843,19 +2843,44 @@ func TestSmallBodiesCanBeSentAgain(t *testing.T) {
 // TestBodyGoesWholeThoughTheAnswerHasBegun: what is held of it is let go then.
 func TestBodyGoesWholeThoughTheAnswerHasBegun(t *testing.T) {
 	followLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+	hasBegun := make(chan bool)
+	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter,
+		r *http.Request) {
 		controller := http.NewResponseController(w)
 		controller.EnableFullDuplex()
 		controller.Flush() // the head
+		<-hasBegun
 		n, err := io.Copy(io.Discard, r.Body)
 		fmt.Fprint(w, n, err)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for _, size := range []int{1, writeBuffer, writeBuffer + 1, smallBody, smallBody + 1} {
-		_, answer := p.do(t, fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d"+
+	}))
+	// With small buffers at both ends most of a body is still to be written by then.
+	upstream.Config.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		conn.(*net.TCPConn).SetReadBuffer(16 << 10)
+		return ctx
+	}
+	upstream.Start()
+	defer upstream.Close()
+	p := newTestProxy(t, newFakeIdentity(t), upstream, nil)
+	p.forwarder.transport.DialContext = func(_ context.Context, network, addr string) (
+		net.Conn, error) {
+		conn, err := net.Dial(network, addr)
+		if err == nil {
+			conn.(*net.TCPConn).SetWriteBuffer(16 << 10)
+		}
+		return conn, err
+	}
+	p.start(t)
+	for _, size := range []int{writeBuffer, smallBody} {
+		_, r := p.dial(t, fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d"+
 			"\r\nConnection: close\r\n\r\n%s", size, strings.Repeat("b", size)))
-		if want := fmt.Sprint(size, " <nil>"); answer != want {
-			t.Errorf("the upstream read %q of %d bytes", answer, size)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hasBegun <- true
+		answer, err := io.ReadAll(resp.Body)
+		if want := fmt.Sprint(size, " <nil>"); string(answer) != want || err != nil {
+			t.Errorf("the upstream read %q of %d bytes, %v", answer, size, err)
 		}
 	}
 }
