@@ -24,7 +24,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -1101,18 +1100,21 @@ func (s *secrets) redact(text string) string {
 	if !s.mayBePart(text) {
 		return text
 	}
-	return tokenWord.ReplaceAllStringFunc(text, func(word string) string {
-		if s.mayBePart(word) {
-			return "REDACTED"
-		}
-		return word
+	words := strings.FieldsFunc(text, func(r rune) bool {
+		return !strings.ContainsRune(tokenCharacters, r)
 	})
+	words = slices.DeleteFunc(words, func(word string) bool { return !s.mayBePart(word) })
+	// The longest is first, as a shorter one may be a part of it.
+	slices.SortFunc(words, func(a, b string) int { return len(b) - len(a) })
+	for _, word := range words {
+		text = strings.ReplaceAll(text, word, "REDACTED")
+	}
+	return text
 }
 
-// tokenWord matches the characters that a token may have: base64url, of which a
-// JWT is made, and RFC 6750's b64token. The slash is left out, as it separates
-// words in a path.
-var tokenWord = regexp.MustCompile(`[A-Za-z0-9._~+=-]+`)
+// tokenCharacters are those of base64url, of which a JWT is made, and of RFC
+// 6750's b64token. The slash is left out, as it separates words in a path.
+const tokenCharacters = letters + digits + "._~+=-"
 
 // mayBePart tells whether a word may be a part of a token, or a text may have
 // such a word. The caller holds s.mu.

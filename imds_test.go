@@ -1557,6 +1557,7 @@ func TestSafeText(t *testing.T) {
 		{"beginning within a word", "a:x" + held[:16] + "/b", 99, "a:REDACTED/b"},
 		{"less than counts", "a " + held[:15] + " b", 99, "a " + held[:15] + " b"},
 		{"a word that may be a token", "a/" + x(101) + "?b", 99, "a/REDACTED?b"},
+		{"one such word in another", x(101) + " " + x(102), 99, "REDACTED REDACTED"},
 		{"words that are none", x(100) + "/" + x(100), 201, x(100) + "/" + x(100)},
 		{"token at the limit", x(16) + " " + held, 20, x(16) + " RED…"},
 		{"control characters", "a\nb\r\x1b\u2028\u202e\x00c", 20, "a b     c"},
