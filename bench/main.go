@@ -18,9 +18,10 @@
 //	direct       no proxy, the base of the delay
 //
 // A figure is the median of some rounds, in which the proxies take turns.
-// Smaller is better. "touched" is how much resident memory grows per request
-// while the garbage collector is off. "per stream" is resident memory per open
-// stream, with a request body of 2 KB or 200 KB. It needs Linux, for /proc.
+// Smaller is better. CPU is that of the proxy's process. "allocated" is how much
+// its resident memory grows per request while the garbage collector is off, and
+// "resident" is by how much it is larger per open stream, after a request with a
+// body of 2 KB or 200 KB. It needs Linux, for /proc.
 package main
 
 import (
@@ -156,17 +157,17 @@ func (b *bench) caFile() string     { return filepath.Join(b.dir, "ca.pem") }
 
 // The measures, in the order of the table.
 const (
-	jsonAlone   = "small JSON, 1 client: CPU, µs"
-	jsonMany    = "small JSON, 32 clients: CPU, µs"
-	jsonTouched = "small JSON: touched, KiB"
-	fastCPU     = "fast event stream: CPU per event, µs"
-	delay50     = "paced event stream: delay p50, µs"
-	delay99     = "paced event stream: delay p99, µs"
-	heldSmall   = "open stream, 2 KB prompt: KiB per stream"
-	heldLarge   = "open stream, 200 KB prompt: KiB per stream"
+	jsonAlone     = "small JSON, 1 client: CPU, µs"
+	jsonMany      = "small JSON, 32 clients: CPU, µs"
+	jsonAllocated = "small JSON: allocated, KiB"
+	fastCPU       = "fast event stream: CPU per event, µs"
+	delay50       = "paced event stream: delay p50, µs"
+	delay99       = "paced event stream: delay p99, µs"
+	heldSmall     = "open stream, 2 KB prompt: resident, KiB"
+	heldLarge     = "open stream, 200 KB prompt: resident, KiB"
 )
 
-var measures = []string{jsonAlone, jsonMany, jsonTouched, fastCPU, delay50, delay99,
+var measures = []string{jsonAlone, jsonMany, jsonAllocated, fastCPU, delay50, delay99,
 	heldSmall, heldLarge}
 
 func (b *bench) add(measure, peer string, value float64) {
@@ -218,7 +219,7 @@ func (b *bench) measure(ctx context.Context, name string) error {
 	}
 	b.add(fastCPU, name, microseconds(cpu)/float64(b.size.fast))
 
-	if err := b.touched(ctx, name); err != nil {
+	if err := b.allocated(ctx, name); err != nil {
 		return err
 	}
 	if err := b.held(ctx, heldSmall, name, 2<<10); err != nil {
@@ -292,8 +293,8 @@ func (b *bench) pacedDelays(ctx context.Context, p *peer) ([]time.Duration, erro
 	return delays, nil
 }
 
-// touched measures how much memory a request makes a peer touch.
-func (b *bench) touched(ctx context.Context, name string) error {
+// allocated measures how much memory a request makes a peer allocate and use.
+func (b *bench) allocated(ctx context.Context, name string) error {
 	p, err := b.start(ctx, name, "GOGC=off")
 	if err != nil {
 		return err
@@ -306,7 +307,7 @@ func (b *bench) touched(ctx context.Context, name string) error {
 	if err := b.postMany(ctx, p, 8, b.size.requests); err != nil {
 		return err
 	}
-	b.add(jsonTouched, name, float64(p.resident()-before)/1024/float64(b.size.requests))
+	b.add(jsonAllocated, name, float64(p.resident()-before)/1024/float64(b.size.requests))
 	return nil
 }
 
