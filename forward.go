@@ -89,8 +89,9 @@ var hopByHop = nameSet("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-
 // wrong for this one. Strict-Transport-Security must not be sent over plain
 // HTTP (RFC 6797 §7.2), Alt-Svc would lead the client past the proxy with all
 // that it sends (RFC 7838 §2), and a cookie would not get upstream again.
-// Location and Operation-Location stay: they name a URL for one request, which a
-// client may follow or not, and the key that it may show there opens nothing.
+// Location and Operation-Location stay: they name a URL for one request. A
+// client that follows it past the proxy shows its EXPECTED_KEY to the service,
+// where that opens nothing.
 var othersPolicies = nameSet("Alt-Svc", "Set-Cookie", "Strict-Transport-Security")
 
 // credentialParams are query parameters that carry a key or a token, in lower
@@ -192,6 +193,17 @@ func (t targets) clientURL(i int, base string) string {
 	return base + "/" + lastSegment(t[i])
 }
 
+// baseURL is the base URL, without /v1, that a client of an API needs: "openai" or
+// "anthropic". It is empty if no target has that in its path.
+func (t targets) baseURL(api, base string) string {
+	for i, u := range t {
+		if strings.Contains(u.Path, "/"+api+"/") {
+			return t.clientURL(i, base)
+		}
+	}
+	return ""
+}
+
 // forwarder sends requests to the upstream, with a token in the place of the
 // client's credentials.
 type forwarder struct {
@@ -217,7 +229,7 @@ func newForwarder(to targets, key string, tokens *tokenSource, hidden *secrets) 
 		endTime:  time.Minute,
 		transport: &http.Transport{
 			Proxy:                  proxyTo(to[0]),
-			OnProxyConnectResponse: readConnect,
+			OnProxyConnectResponse: checkConnect,
 			DialContext:            dialer.DialContext,
 			TLSHandshakeTimeout:    10 * time.Second,
 			// Go's defaults, which are TLS 1.2 at least. A new connection resumes the
@@ -258,7 +270,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 	// Build the upstream request. A small body is read for it, so that no token
 	// is fetched for a request that never comes.
-	req, err := f.upstreamRequest(w, r, upgrade)
+	req, small, err := f.upstreamRequest(w, r, upgrade)
 	if err != nil {
 		_, reason := explainFailure(err)
 		log.Printf("answered %d to %s: %s: %s",
@@ -289,7 +301,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		defer resp.Body.Close()
 	}
-	if problem := f.noAnswer(r, body, resp, err, upgrade); problem != nil {
+	if problem := f.checkAnswer(r, body, resp, err, upgrade); problem != nil {
 		if streamed {
 			// Only linger is to read from here on. A deadline in the past ends a
 			// Read that the transport may be in.
@@ -303,8 +315,10 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if resp.StatusCode == http.StatusUnauthorized {
 		f.tokens.rejected(t)
 	}
-	if held, ok := req.Body.(*heldBody); ok && resp.StatusCode < 400 {
-		held.letGo() // of a refusal's, the log may show the model
+	if small != nil && resp.StatusCode < 400 {
+		// RoundTrip, which alone may send it again, has returned. The body of a
+		// refused request is kept, as deploymentName looks for the model in it.
+		small.text = nil
 	}
 
 	// Copy the answer.
@@ -354,10 +368,9 @@ func (f *forwarder) safeTarget(target string) string {
 		text += "?" + cutCredentials(query)
 	}
 	decoded, err := url.PathUnescape(text)
-	if err != nil {
-		// The wrong escape is in the query, as the server refuses one in a path.
-		// So this calls itself once only.
-		return f.safeTarget(path) + "?(malformed)"
+	if err != nil { // in the query, as the server refuses a wrong escape in a path
+		text = path + "?(malformed)"
+		decoded, _ = url.PathUnescape(text)
 	}
 	spaced, _ := url.QueryUnescape(text) // a + stands for a space here
 	for _, plain := range []string{decoded, spaced} {
@@ -496,11 +509,13 @@ func listItems(values []string) (items []string) {
 // upstreamRequest is r as it goes upstream, except for the token. Only what the
 // lists above name is copied of its header, and the transport frames the body
 // anew, so no second request can be hidden in it.
+//
+// small is the body, if that is a small one.
 func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgrade bool) (
-	*http.Request, error) {
+	req *http.Request, small *heldBody, err error) {
 	// r.URL.Path has lost the escapes of the path as it was sent.
 	path, _, _ := strings.Cut(r.RequestURI, "?")
-	req := &http.Request{
+	req = &http.Request{
 		Method:        r.Method,
 		URL:           upstreamURL(f.targets, path),
 		Header:        upstreamHeader(r.Header, upgrade),
@@ -511,65 +526,50 @@ func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgr
 	switch {
 	case r.ContentLength == 0:
 	case r.ContentLength > 0 && r.ContentLength <= smallBody:
-		body, err := f.readBody(w, r)
+		text, err := f.readBody(w, r)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		// With GetBody the transport can send the body again. It sends the head
-		// and the body in one write only if the body is of a type that it knows.
-		if len(body) <= writeBuffer {
-			req.GetBody = func() (io.ReadCloser, error) {
-				return io.NopCloser(bytes.NewReader(body)), nil
-			}
-		} else {
-			req.GetBody = newHeldBody(body).again
-		}
-		req.Body, _ = req.GetBody()
+		small = &heldBody{text}
+		req.GetBody = small.reader
+		req.Body, _ = small.reader()
 	default: // long, or of unknown length, which is -1
 		req.Body = &upload{body: r.Body}
 	}
-	return req.WithContext(r.Context()), nil
+	return req.WithContext(r.Context()), small, nil
 }
 
-// heldBody reads a small body that is too long to leave together with the head.
-// A prompt may have 200 KiB and its answer go on for minutes, so the body is held
-// for no longer than it may have to be sent again, which is until the answer
-// begins.
-type heldBody struct {
-	all  *atomic.Pointer[[]byte] // the same for each copy; nil after letGo
-	rest []byte
-}
+// heldBody is a small body. A prompt may have 200 KiB and its answer go on for
+// minutes, so it is held for no longer than it may have to be sent again, which
+// is until the answer begins.
+type heldBody struct{ text []byte }
 
-func newHeldBody(body []byte) *heldBody {
-	b := &heldBody{all: new(atomic.Pointer[[]byte])}
-	b.all.Store(&body)
-	return b
-}
-
-// again makes a copy that reads from the beginning.
-func (b *heldBody) again() (io.ReadCloser, error) {
-	all := b.all.Load()
-	if all == nil {
-		return nil, errAnswered
+// reader makes a reader of the body for the transport, as its GetBody.
+func (b *heldBody) reader() (io.ReadCloser, error) {
+	if len(b.text) <= writeBuffer {
+		// The transport knows this type, and sends the head and the body in one
+		// write (isKnownInMemoryReader in net/http's transfer.go).
+		return io.NopCloser(bytes.NewReader(b.text)), nil
 	}
-	return &heldBody{all: b.all, rest: *all}, nil
+	return &heldReader{b.text}, nil
 }
 
-// letGo drops the body. A copy that is being read is read to its end.
-func (b *heldBody) letGo() { b.all.Store(nil) }
+// heldReader reads a body to its end and then lets go of it. The transport keeps
+// the reader until the answer has ended.
+type heldReader struct{ rest []byte }
 
-func (b *heldBody) Read(p []byte) (int, error) {
-	n := copy(p, b.rest)
-	b.rest = b.rest[n:]
-	if len(b.rest) == 0 {
-		b.rest = nil // the transport holds b until the answer ends
+func (r *heldReader) Read(p []byte) (int, error) {
+	n := copy(p, r.rest)
+	r.rest = r.rest[n:]
+	if len(r.rest) == 0 {
+		r.rest = nil
 		return n, io.EOF
 	}
 	return n, nil
 }
 
 // Close is called by the transport.
-func (b *heldBody) Close() error { return nil }
+func (r *heldReader) Close() error { return nil }
 
 // readBody reads a small body, which has f.bodyTime to arrive.
 func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
@@ -628,7 +628,7 @@ func shared(target *url.URL, segments []string) int {
 
 // upstreamHeader is the header of a request as it goes upstream.
 func upstreamHeader(in http.Header, upgrade bool) http.Header {
-	out := make(http.Header, len(in)+1)
+	out := make(http.Header, len(in))
 	for name, values := range in {
 		if isForwarded(name) || upgrade && webSocketHeaders[name] {
 			out[name] = values
@@ -643,6 +643,8 @@ func upstreamHeader(in http.Header, upgrade bool) http.Header {
 	if upgrade {
 		out.Set("Connection", "Upgrade")
 		out.Set("Upgrade", "websocket")
+		// What resembles a key in any way is left out, and not only what hasKey
+		// takes for one.
 		holdsKey := func(item string) bool {
 			return strings.Contains(strings.ToLower(item), keyProtocol)
 		}
@@ -699,7 +701,7 @@ func (u *upload) Read(p []byte) (int, error) {
 		return 0, errAnswered
 	}
 	n, err := u.body.Read(p)
-	if u.stopped.Load() { // and end may have read what this Read waited for
+	if u.stopped.Load() { // see end
 		return 0, errAnswered
 	}
 	if err != nil && err != io.EOF {
@@ -716,10 +718,12 @@ func (u *upload) Close() error { return nil }
 
 // withEarlyAnswer returns req with a hook for the case that the upstream answers
 // before it has read the whole upload, as with 413 or 401, and then closes the
-// connection. The transport's write fails in that case, and the transport
-// reports the failure even if the answer has just come. It calls the hook
-// between the two, and so the answer gets a moment to be read first. That order
-// is not documented; if it changed, a test of early answers would fail.
+// connection. The transport's write fails in that case, and RoundTrip returns
+// that failure even if the answer has just come. The hook holds the failure back,
+// so that the answer can be read first: WroteRequest is called with a failed
+// write's error before RoundTrip can see it (a deferred call in Request.write of
+// net/http). That is not documented; if it changed, a test of early answers would
+// fail.
 func (u *upload) withEarlyAnswer(req *http.Request) *http.Request {
 	ctx := req.Context()
 	return req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
@@ -736,7 +740,7 @@ func (u *upload) withEarlyAnswer(req *http.Request) *http.Request {
 }
 
 // end takes the upload away from the transport, and drops what the client still
-// sends. Without that part the upload must not look complete to the upstream.
+// sends.
 func (u *upload) end(w http.ResponseWriter) {
 	u.stopped.Store(true)
 	client := http.NewResponseController(w)
@@ -744,7 +748,9 @@ func (u *upload) end(w http.ResponseWriter) {
 	client.SetReadDeadline(time.Now().Add(lingerTime))
 	// A Read of the transport that is under way ends with the next bytes, or at
 	// the deadline. Meanwhile there are two readers, which is safe: net/http's body
-	// has a lock (its type body), and upload.Read drops what the other one gets.
+	// has a lock (its type body). The transport's may miss bytes that this one
+	// gets, so upload.Read then returns an error: an upload with a hole must not
+	// look complete to the upstream.
 	io.Copy(io.Discard, u.body)
 }
 
@@ -758,9 +764,9 @@ func sendContinue(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// noAnswer tells why there is no answer to pass on, or returns nil if
-// there is one. body is nil unless the request's body was streamed.
-func (f *forwarder) noAnswer(r *http.Request, body *upload, resp *http.Response,
+// checkAnswer tells why there is no answer to pass on, or returns nil if there is
+// one. body is nil unless the request's body was streamed.
+func (f *forwarder) checkAnswer(r *http.Request, body *upload, resp *http.Response,
 	err error, upgrade bool) *apiError {
 	switch {
 	case err != nil && r.Context().Err() != nil:
@@ -803,36 +809,44 @@ func copyHeader(h, upstream http.Header) {
 	if h["Content-Type"] == nil {
 		h["Content-Type"] = nil // this keeps the server from guessing one
 	}
-	isEvents := strings.HasPrefix(h.Get("Content-Type"), "text/event-stream")
-	if isEvents && h["X-Accel-Buffering"] == nil {
+	if isEventStream(h) && h["X-Accel-Buffering"] == nil {
 		h.Set("X-Accel-Buffering", "no") // an nginx in front holds events back by default
 	}
+}
+
+// isEventStream tells whether an answer has server-sent events.
+func isEventStream(h http.Header) bool {
+	return strings.HasPrefix(h.Get("Content-Type"), "text/event-stream")
 }
 
 // clientError is a failure to write to the client, and not the upstream's.
 type clientError struct{ error }
 
-// A stream reads into a quiet buffer, as many may be open and an event is small.
-// It borrows a bulk buffer while more comes than fits in there.
+// Buffers for copyBody. An event has some hundred bytes, and thousands of streams
+// may be open for minutes, so theirs are small. All else is over soon, and a large
+// buffer passes it on with fewer writes.
 var (
-	quietBuffers = sync.Pool{New: func() any { return new([1 << 10]byte) }}
-	bulkBuffers  = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+	eventBuffers = sync.Pool{New: func() any { return newBuffer(2 << 10) }}
+	bulkBuffers  = sync.Pool{New: func() any { return newBuffer(32 << 10) }}
 )
+
+// newBuffer makes a buffer. A pool keeps a pointer to a slice without allocating.
+func newBuffer(size int) *[]byte {
+	buf := make([]byte, size)
+	return &buf
+}
 
 // copyBody passes an answer's body on: what is read is written and flushed at
 // once. It returns how many bytes came, and the beginning of a refusal, to be
 // explained in the log.
 func copyBody(w http.ResponseWriter, resp *http.Response) (
 	received int64, beginning []byte, err error) {
-	quiet := quietBuffers.Get().(*[1 << 10]byte)
-	buf := quiet[:]
-	var bulk *[32 << 10]byte
-	defer func() {
-		quietBuffers.Put(quiet)
-		if bulk != nil {
-			bulkBuffers.Put(bulk)
-		}
-	}()
+	buffers := &bulkBuffers
+	if isEventStream(resp.Header) {
+		buffers = &eventBuffers
+	}
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
 
 	// The head of a stream goes out before the first event. One of known length
 	// goes out with the beginning of its body.
@@ -843,12 +857,12 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (
 		}
 	}
 	for {
-		n, readErr := resp.Body.Read(buf)
+		n, readErr := resp.Body.Read(*buf)
 		received += int64(n)
 		if resp.StatusCode >= 400 {
-			beginning = append(beginning, buf[:min(n, maxBeginning-len(beginning))]...)
+			beginning = append(beginning, (*buf)[:min(n, maxBeginning-len(beginning))]...)
 		}
-		if _, err := w.Write(buf[:n]); err != nil { // of nothing, it does nothing
+		if _, err := w.Write((*buf)[:n]); err != nil { // of nothing, it does nothing
 			return received, beginning, clientError{err}
 		}
 		if readErr == io.EOF {
@@ -859,14 +873,6 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (
 		}
 		if err := client.Flush(); err != nil {
 			return received, beginning, clientError{err}
-		}
-		switch {
-		case bulk == nil && n == len(quiet):
-			bulk = bulkBuffers.Get().(*[32 << 10]byte)
-			buf = bulk[:]
-		case bulk != nil && n < len(quiet):
-			bulkBuffers.Put(bulk)
-			bulk, buf = nil, quiet[:]
 		}
 	}
 }
@@ -913,10 +919,10 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 		return 0, 0
 	}
 
-	// The server's buffer may hold the first bytes of the client. The rest is
-	// read from the connection itself. Read through the buffer, the end of the
-	// client's half would end r.Context(), as it does for a request, and with it
-	// the tunnel's other direction; a test sees that it does not.
+	// The server's buffer may hold the first bytes of the client. The rest is read
+	// from the connection itself: if it were read through the buffer, the end of
+	// the client's half would end r.Context(), as it does for a request, and with
+	// it the tunnel's other direction. A test has a client end its half.
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
 	ended := make(chan bool, 2)
 	go func() {
@@ -997,11 +1003,16 @@ var (
 		message: "the path must be UTF-8, without . or .. segments " +
 			"and without escapes of escapes such as %252e",
 	}
+	// errIncomplete is for a small body that was late or broke off. It may arrive
+	// whole the next time.
 	errIncomplete = &apiError{
 		status:  http.StatusRequestTimeout,
 		code:    "incomplete_body",
 		message: "the request's body is incomplete",
 	}
+	// errBody is for an upload that ended with an error, which net/http does not
+	// let tell apart: the client is gone and reads no answer, or the chunks are
+	// malformed and would be so the next time.
 	errBody = &apiError{
 		status:  http.StatusBadRequest,
 		code:    "invalid_body",
@@ -1072,8 +1083,7 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	}
 	// The SDKs of OpenAI and Anthropic heed this header. Without it Claude Code
 	// repeats a request with a wrong key for minutes, and says nothing meanwhile.
-	// Only a body that was incomplete may arrive the next time.
-	if e.status < 500 && e.status != http.StatusRequestTimeout {
+	if e.status < 500 && e != errIncomplete {
 		w.Header().Set("X-Should-Retry", "false")
 	}
 	w.WriteHeader(e.status)
@@ -1091,9 +1101,9 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// logProblem writes the second line about the request r, when something went
-// wrong with req, which is r as it went upstream, or with its answer resp, if
-// there was one. If the client has left, that is what went wrong.
+// logProblem writes the line about what went wrong with a request. r is the
+// client's request, req is the upstream's, and resp is nil if there is no answer.
+// If the client has left, that is what went wrong.
 func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start time.Time,
 	what string) {
 	if r.Context().Err() != nil {
@@ -1325,72 +1335,60 @@ func (f *forwarder) deploymentName(req *http.Request) string {
 	return strconv.Quote(f.secrets.safe(name, maxPiece))
 }
 
-// operations are the first segments of paths that are right below /openai/v1/, or
-// below /openai/ if there is an api-version that is a date.
+// operations are the segments that follow /openai/v1/ or /anthropic/v1/.
 var operations = nameSet("audio", "batches", "chat", "completions", "embeddings", "files",
-	"fine_tuning", "images", "models", "realtime", "responses", "vector_stores")
+	"fine_tuning", "images", "messages", "models", "realtime", "responses", "vector_stores")
 
-// pathMistake names the usual mistakes that make an upstream URL one which the
-// service does not have. It is empty for any other URL. base is as in explain.
+// pathMistake names the usual mistakes that lead to a path which the service does
+// not have. It is empty for any other path, and for one of a gateway's own. base
+// is as in explain.
 func (f *forwarder) pathMistake(u *url.URL, base string) string {
-	const openAI, claude = "/openai/", "/anthropic/"
-	// baseURL is what a client for the other API needs.
-	baseURL := func(client, api, version string) string {
-		for i, target := range f.targets {
-			if strings.Contains(target.Path, api) {
-				return client + "'s base URL is " + f.targets.clientURL(i, base) + version
-			}
-		}
-		return client + " needs a TARGET_URL that ends in " + api +
-			", beside this one or in its place"
-	}
-
-	// The target is the longest that u is below.
-	i := -1
-	for n, target := range f.targets {
-		isBelow := strings.HasPrefix(u.Opaque, target.EscapedPath())
-		if isBelow && (i < 0 || len(target.Path) > len(f.targets[i].Path)) {
-			i = n
-		}
-	}
+	const openAI, claude = "openai", "anthropic"
+	// The path is prefix/api/v1/operation, where v1 may be missing.
+	segments := strings.Split(u.Opaque, "/")
+	i := slices.IndexFunc(segments, func(s string) bool { return s == openAI || s == claude })
 	if i < 0 {
-		return "" // TARGET_URL's path begins with two slashes
+		return ""
 	}
-	target := f.targets[i].Path
-	api := openAI
-	if strings.Contains(target, claude) {
-		api = claude
+	api, rest := segments[i], segments[i+1:]
+	own := f.targets.baseURL(api, base)
+	if own == "" {
+		return ""
 	}
-	if !strings.Contains(target, api) {
-		return "" // a gateway's own path
+	hasV1 := len(rest) > 0 && rest[0] == "v1"
+	if hasV1 {
+		rest = rest[1:]
 	}
+	operation := ""
+	if len(rest) > 0 {
+		operation = rest[0]
+	}
+	hasVersion := u.Query().Has("api-version")
 
-	// Below the API's own path there are v1, or not, and an operation.
-	_, rest, _ := strings.Cut(u.Opaque, api)
-	first, _, _ := strings.Cut(strings.TrimPrefix(rest, "v1/"), "/")
-	hasV1 := strings.HasPrefix(rest, "v1/")
-	version := u.Query().Get("api-version")
-	isDate := strings.HasPrefix(version, "20")
+	wants := func(client, api, version string) string {
+		if other := f.targets.baseURL(api, base); other != "" {
+			return client + "'s base URL is " + other + version
+		}
+		return client + " needs a TARGET_URL that ends in /" + api +
+			"/, beside this one or in its place"
+	}
 	switch {
-	case api == openAI && (first == "messages" || first == "anthropic"):
-		return baseURL("Claude", claude, "")
-	case api == claude && (first == "chat" || first == "responses" || first == "openai"):
-		return baseURL("GPT", openAI, "/v1")
-	case hasV1 && (first == "openai" || first == "deployments") &&
-		strings.HasSuffix(target, "/v1/"):
-		return "the client adds what replaces v1 by itself: leave v1 out of TARGET_URL"
-	case hasV1 && (first == "v1" || first == "openai" || first == "deployments"):
-		return "the client adds this itself: leave /v1 out of its base URL, as in " +
-			f.targets.clientURL(i, base)
-	case api == openAI && first == "deployments" && version == "":
+	case api == openAI && (operation == "messages" || operation == claude):
+		// /openai/v1/messages, /openai/anthropic/v1/messages
+		return wants("Claude", claude, "")
+	case api == claude && (operation == "chat" || operation == "responses" || operation == openAI):
+		// /anthropic/v1/chat/completions, /anthropic/openai/v1/responses
+		return wants("GPT", openAI, "/v1")
+	case hasV1 && (operation == "v1" || operation == openAI || operation == "deployments"):
+		// /openai/v1/v1/responses, /openai/v1/deployments/D/chat/completions
+		return "the client adds this itself: leave /v1 out of its base URL, as in " + own +
+			", and out of TARGET_URL"
+	case api == openAI && operation == "deployments" && !hasVersion:
+		// /openai/deployments/D/chat/completions
 		return "the query lacks api-version, for example ?api-version=2024-10-21"
-
-	// With a version that is a date the classic API has chat and embeddings below
-	// a deployment only.
-	case api == claude && !hasV1 && first == "messages",
-		api == openAI && !hasV1 && operations[first] && !isDate,
-		api == openAI && !hasV1 && (first == "chat" || first == "embeddings"):
-		return "the client's base URL lacks /v1: give it " + f.targets.clientURL(i, base) + "/v1"
+	case !hasV1 && operations[operation] && !hasVersion:
+		// /openai/chat/completions, /anthropic/messages
+		return "the client's base URL lacks /v1: give it " + own + "/v1"
 	}
 	return ""
 }

@@ -434,7 +434,7 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	// request's secret to another host.
 	e.transport = &http.Transport{
 		Proxy:                  nil, // none on the way to the host's own link
-		OnProxyConnectResponse: readConnect,
+		OnProxyConnectResponse: checkConnect,
 		DisableKeepAlives:      true, // there are hours between two requests
 		DisableCompression:     true, // ask for no gzip
 		MaxResponseHeaderBytes: maxAnswer,
@@ -719,8 +719,8 @@ func (e *endpoint) errorf(format string, args ...any) *fetchError {
 // fetch gets a token, with retries while they may help and there is time. Its
 // error is a *fetchError.
 func (e *endpoint) fetch(ctx context.Context) (token, error) {
-	// The context bounds requests, which take real time. The pauses are counted by
-	// e.now, which a test may set, as e.sleep.
+	// The context bounds requests, which take real time. Whether a pause fits in is
+	// counted by e.now, which a test may replace together with e.sleep.
 	ctx, cancel := context.WithTimeout(ctx, fetchTime)
 	defer cancel()
 	deadline := e.now().Add(fetchTime)
@@ -775,7 +775,7 @@ func (e *endpoint) try(ctx context.Context) (token, error) {
 	if err != nil {
 		failed := e.errorf("answered with %s, not a usable token: %v",
 			cmp.Or(resp.Header.Get("Content-Type"), "no Content-Type"), err)
-		failed.retry = errors.Is(err, errExpired)
+		failed.retry = errors.Is(err, errExpired) // its cache may be about to get a new one
 		return token{}, failed
 	}
 	t.from = e.address()
@@ -865,7 +865,8 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 	return 0
 }
 
-var errExpired = errors.New("it has expired already; is this host's clock right?")
+var errExpired = errors.New("it has expired already, by the endpoint's clock or, " +
+	"if that sends no Date, by this host's")
 
 // parseToken reads the answer to a request for a token. When that was sent, our
 // clock showed sent, and the endpoint's clock endpointTime. The errors do not
@@ -1026,9 +1027,9 @@ func (status proxyRefusal) Error() string {
 	return "HTTPS_PROXY answered " + statusText(int(status))
 }
 
-// readConnect is for a transport's OnProxyConnectResponse. The transport's own
+// checkConnect is for a transport's OnProxyConnectResponse. The transport's own
 // error would not say that it was the proxy that refused.
-func readConnect(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
+func checkConnect(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
 	if resp.StatusCode != http.StatusOK {
 		return proxyRefusal(resp.StatusCode)
 	}

@@ -107,6 +107,7 @@ var platformVariables = []variable{
 	{"SSL_CERT_FILE", "by the operator; file of certificate authorities", nil},
 	{"SSL_CERT_DIR", "by the operator; directories of them", nil},
 	{"GODEBUG", "by the operator; settings of the Go library", nil},
+	{"GOMEMLIMIT", "by the operator; memory, as in 100MiB, near which Go frees sooner", nil},
 	{"NOTIFY_SOCKET", "by systemd, for a service of Type=notify", nil},
 	{"NO_COLOR", "by the operator; if set, -check uses no colour on a terminal", nil},
 }
@@ -115,9 +116,9 @@ var platformVariables = []variable{
 // 1.22", so that Go 1.22 can build this one. The price is that a newer Go keeps
 // to the defaults of 1.22, and so the newer ones are set here, each with the Go
 // version that made it the default. An older Go ignores what it does not know.
-// They are described in "Go, Backwards Compatibility, and GODEBUG". That Go knows
-// their names, heeds them although they are set at run time, and of two values of
-// one takes the last, is what two tests see, in the handshake itself.
+// They are described in "Go, Backwards Compatibility, and GODEBUG". Tests see in
+// handshakes that Go heeds these names although they are set at run time, and that
+// of two values of one the last counts.
 var tlsDefaults = []string{
 	"tls3des=0",                     // 1.23: offer no 3DES
 	"x509negativeserial=0",          // 1.23: accept no certificate with a negative serial number
@@ -363,7 +364,8 @@ func parseDotEnvValue(text string) (value string, ok bool) {
 		return "", false
 	}
 	// In a bare value a # begins a comment only after a space or a tab, which may
-	// be the first character here. So only a quoted value is trimmed.
+	// be the first character here. So a bare value is trimmed after its comment is
+	// cut.
 	quoted := strings.TrimSpace(text)
 	if strings.HasPrefix(quoted, `"`) || strings.HasPrefix(quoted, "'") {
 		quote := quoted[:1]
@@ -554,7 +556,8 @@ func checkProxy(value string) error {
 }
 
 // defaultScope is the scope of Azure OpenAI in the cloud that host, in lower
-// case, belongs to.
+// case, belongs to. The API of a Foundry project, below /api/projects/, wants
+// another one, https://ai.azure.com/.default, which AZURE_OPENAI_SCOPE has to set.
 func defaultScope(host string) string {
 	host = strings.TrimSuffix(host, ".")
 	for _, cloud := range []string{"us", "cn"} {
@@ -616,9 +619,10 @@ type service struct {
 }
 
 func newService(cfg *config) *service {
-	// The log of a late token says why: first this, and then what went wrong last.
-	silent := cfg.endpoint.noAnswer("has not answered yet")
-	tokens := newTokenSource(cfg.endpoint.fetch, time.Now, silent)
+	// If the first token is late, the log says why: that the endpoint has not
+	// answered yet, or what the last try failed with, if there was one.
+	unanswered := cfg.endpoint.noAnswer("has not answered yet")
+	tokens := newTokenSource(cfg.endpoint.fetch, time.Now, unanswered)
 	cfg.endpoint.onRetry = tokens.setCause
 	s := &service{
 		cfg:       cfg,
@@ -650,7 +654,8 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	}
 	isProbe := r.URL.Path == "/" || r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
-	// A probe has no body, and its target is a path and no URL.
+	// A probe has no body, and its target is a path and no URL. Anything else is
+	// checked by the forwarder, which knows what to do with a body.
 	if !isProbe || !isRead || r.ContentLength != 0 || r.URL.Host != "" {
 		s.forwarder.ServeHTTP(w, r)
 		return
@@ -700,8 +705,10 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	finished := make(chan struct{})
 	go func() {
 		sleep(ctx, s.cfg.delay)
-		log.Printf("draining %d streams (up to %v; a second signal ends them now)",
-			s.forwarder.streams.Load(), s.drainTime)
+		if ctx.Err() == nil { // no second signal has come
+			log.Printf("draining %d streams (up to %v; a second signal ends them now)",
+				s.forwarder.streams.Load(), s.drainTime)
+		}
 		s.server.Shutdown(context.Background())
 		s.waitForStreams()
 		close(finished)
@@ -712,24 +719,28 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	case <-time.After(s.cfg.delay + s.drainTime):
 	}
 
-	// What still runs is broken off, in two steps. With ctx end DRAIN_DELAY,
-	// upstream requests, waits for a token and both connections of a tunnel. A
-	// handler that is still there after breakTime waits for its client to read or
-	// to send, and Close ends that. What Close does not know of, a connection that
-	// a handler has taken over from the server, is closed by that handler within
-	// lingerTime. Whatever is still there then ends with the program.
+	// What still runs is broken off. cancel ends DRAIN_DELAY, and the context of
+	// every request: upstream requests, waits for a token and tunnels end with it.
 	cancel()
-	select {
-	case <-finished:
-	case <-time.After(breakTime):
-	}
+	waitFor(finished, breakTime)
+
+	// A handler that is still there waits for its client to read or to send, which
+	// ends when the server closes the client's connection. If the handler has taken
+	// that over from the server, it closes it itself, after lingerTime at most.
 	s.server.Close()
-	select {
-	case <-finished:
-	case <-time.After(lingerTime + breakTime):
-	}
+	waitFor(finished, lingerTime+breakTime)
+
+	// Whatever is still there now ends with the program.
 	log.Print("stopped")
 	return nil
+}
+
+// waitFor waits until finished is closed, but no longer than limit.
+func waitFor(finished <-chan struct{}, limit time.Duration) {
+	select {
+	case <-finished:
+	case <-time.After(limit):
+	}
 }
 
 // notify tells systemd the state of a service of Type=notify (sd_notify(3)). Its
@@ -783,8 +794,8 @@ func (s *service) logStart(listeners []net.Listener) {
 // isDocumented tells whether a base URL has the path of one of the APIs that take
 // such tokens.
 func isDocumented(path string) bool {
-	has := func(api string) bool { return strings.Contains(path, api) }
-	return slices.ContainsFunc([]string{"openai", "/anthropic/", "/models/", "/api/projects/"}, has)
+	apis := []string{"/openai/", "/anthropic/", "/models/", "/api/projects/"}
+	return slices.ContainsFunc(apis, func(api string) bool { return strings.Contains(path, api) })
 }
 
 // undocumented warns of a TARGET_URL whose /openai/ may have been forgotten.
