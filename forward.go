@@ -56,8 +56,8 @@ var forwardedHeaders = nameSet(
 
 	// Options of a single request, which the service checks: whether parameters
 	// that it does not know are refused, dropped or passed to the model (Foundry
-	// Models REST reference), which deployment draws or serves, which of the
-	// resource's own content filters is used, evaluations and previews.
+	// Models REST reference), which deployment answers or makes images, which of
+	// the resource's own content filters is used, evaluations and previews.
 	"Extra-Parameters", "Azureml-Model-Deployment", "X-Ms-Oai-Image-Generation-Deployment",
 	"X-Policy-Id", "Aoai-Evals", "Foundry-Features", "X-Ms-Enable-Preview",
 )
@@ -122,7 +122,8 @@ func nameSet(names ...string) map[string]bool {
 //     upstream request is sent. After that nothing of it is left to read.
 //   - A longer body, or one of unknown length, is streamed. The transport reads
 //     it, through an upload, until the answer is over; then upload.end takes it
-//     away and reads the rest.
+//     away and reads the rest. A Read of the transport may then still be under
+//     way, and what it gets is dropped.
 //   - The body of a refused request goes nowhere. linger drops what comes.
 //
 // A client that is still sending when its connection is closed gets a reset,
@@ -304,7 +305,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if problem := f.checkAnswer(r, body, resp, err, upgrade); problem != nil {
 		if streamed {
 			// Only linger is to read from here on. A deadline in the past ends a
-			// Read that the transport may be in.
+			// Read that the transport may be in, and would stay in for as long as
+			// the client sends nothing. What that Read gets is dropped.
 			body.stopped.Store(true)
 			http.NewResponseController(w).SetReadDeadline(time.Now())
 		}
@@ -316,8 +318,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.tokens.rejected(t)
 	}
 	if small != nil && resp.StatusCode < 400 {
-		// RoundTrip, which alone may send it again, has returned. The body of a
-		// refused request is kept, as deploymentName looks for the model in it.
+		// RoundTrip, which alone may send it again, has returned; a reader that is
+		// not at its end keeps the rest. The body of a refused request stays, as
+		// deploymentName looks for the model in it.
 		small.text = nil
 	}
 
@@ -373,6 +376,7 @@ func (f *forwarder) safeTarget(target string) string {
 		decoded, _ = url.PathUnescape(text)
 	}
 	spaced, _ := url.QueryUnescape(text) // a + stands for a space here
+	// A secret that is not escaped is redacted by safe, below.
 	for _, plain := range []string{decoded, spaced} {
 		if plain != text && f.secrets.redact(plain) != plain {
 			return "REDACTED"
@@ -412,14 +416,15 @@ func (f *forwarder) checkCaller(r *http.Request, upgrade bool) *apiError {
 	return nil
 }
 
-// mayBeWebPage tells whether a browser may have sent the request for a page.
+// mayBeWebPage tells whether a browser may have sent the request for a page: Host
+// or Origin is not of this host, or Sec-Fetch-Site tells of another site.
 func mayBeWebPage(r *http.Request) bool {
 	// A page can have its own host name point to a loopback address (DNS
 	// rebinding). It is then of the same origin as the proxy, and its GET has
 	// neither of the headers below, but that name is in Host.
-	host := url.URL{Host: r.Host}
+	host := (&url.URL{Host: r.Host}).Hostname() // without its port
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
-	if ok && local.IP.IsLoopback() && !isLoopback(host.Hostname()) {
+	if ok && local.IP.IsLoopback() && !isLoopback(host) {
 		return true
 	}
 
@@ -586,8 +591,8 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 // upstreamURL is where a request for path goes: a target's path, then path. What
 // the end of the one and the beginning of the other share counts once, as many
 // clients add /openai by themselves. It also chooses the target: the one that
-// shares most, and the first if none shares anything. Empty segments at the
-// joint, from a base URL with a final slash, are dropped: the service has none.
+// shares most, and the first if none shares anything. Slashes in front of path,
+// from a client's base URL that ends in one, are dropped (the third line below).
 //
 //	targets                    path                   goes to
 //	…/openai/                  /v1/responses          /openai/v1/responses
@@ -701,7 +706,7 @@ func (u *upload) Read(p []byte) (int, error) {
 		return 0, errAnswered
 	}
 	n, err := u.body.Read(p)
-	if u.stopped.Load() { // see end
+	if u.stopped.Load() { // end may have read bytes that came before these
 		return 0, errAnswered
 	}
 	if err != nil && err != io.EOF {
@@ -921,8 +926,9 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 
 	// The server's buffer may hold the first bytes of the client. The rest is read
 	// from the connection itself: if it were read through the buffer, the end of
-	// the client's half would end r.Context(), as it does for a request, and with
-	// it the tunnel's other direction. A test has a client end its half.
+	// the client's half would end r.Context(), as it does for a request (connReader
+	// in net/http's server.go), and with it the tunnel's other direction. A test
+	// has a client end its half.
 	first, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
 	ended := make(chan bool, 2)
 	go func() {
@@ -1081,8 +1087,9 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
-	// The SDKs of OpenAI and Anthropic heed this header. Without it Claude Code
-	// repeats a request with a wrong key for minutes, and says nothing meanwhile.
+	// The SDKs of OpenAI and Anthropic heed this header (shouldRetry in client.ts).
+	// Without it Claude Code repeats a request with a wrong key for minutes, and
+	// says nothing meanwhile.
 	if e.status < 500 && e != errIncomplete {
 		w.Header().Set("X-Should-Retry", "false")
 	}
@@ -1103,10 +1110,10 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 
 // logProblem writes the line about what went wrong with a request. r is the
 // client's request, req is the upstream's, and resp is nil if there is no answer.
-// If the client has left, that is what went wrong.
+// If there is none because the client has left, that is what went wrong.
 func (f *forwarder) logProblem(r, req *http.Request, resp *http.Response, start time.Time,
 	what string) {
-	if r.Context().Err() != nil {
+	if resp == nil && r.Context().Err() != nil {
 		what = errLeft.message
 	}
 	if resp != nil && resp.Header.Get("Apim-Request-Id") != "" {
@@ -1155,7 +1162,7 @@ func (f *forwarder) describeFailure(err error) (text, hint string) {
 	case step == stepDNS:
 		hint = "check TARGET_URL's host name, and this host's DNS"
 	}
-	if step == stepCertificate {
+	if step == stepCertificate { // a proxy may be what shows another one
 		hint = "name a file with your own CA in SSL_CERT_FILE, unless the server's certificate " +
 			"has expired or is for another name"
 	}
@@ -1273,6 +1280,9 @@ func (f *forwarder) remedy(req *http.Request, status int, body, base string, t t
 	forbidden := status == http.StatusForbidden
 	notFound := status == http.StatusNotFound
 	c := t.claims()
+	audience := strings.TrimSuffix(strings.ToLower(c.Audience), "/")
+	// The first case that fits counts. A 401 that none of the others fits is taken
+	// for a role that is missing.
 	switch {
 	case strings.HasPrefix(body, "<"):
 		hint = "a web page answered, not the service: a proxy or firewall on the way?"
@@ -1285,7 +1295,7 @@ func (f *forwarder) remedy(req *http.Request, status int, body, base string, t t
 
 	// "Access token is missing, invalid, audience is incorrect (AUDIENCE), or
 	// have expired" is what Azure OpenAI says, with the audience that it wants.
-	case unauthorized && says("audience") && !says(strings.ToLower(c.Audience)):
+	case unauthorized && says("audience") && !says(audience):
 		hint = "the token is for " + c.Audience + ", the wrong audience: " +
 			"set AZURE_OPENAI_SCOPE for this cloud or service"
 	case unauthorized && says("audience"):
@@ -1315,7 +1325,7 @@ func (f *forwarder) remedy(req *http.Request, status int, body, base string, t t
 
 // deploymentName is the name of the deployment that a request asks for, in
 // quotes, or empty if it is not known. It is in the path, or else it is the model
-// in a small body. Nothing else of a body is ever shown.
+// in a small body. Nothing else of a request's body is ever shown.
 func (f *forwarder) deploymentName(req *http.Request) string {
 	var name string
 	if _, rest, ok := strings.Cut(req.URL.Opaque, "/deployments/"); ok {
@@ -1365,20 +1375,21 @@ func (f *forwarder) pathMistake(u *url.URL, base string) string {
 	}
 	hasVersion := u.Query().Has("api-version")
 
-	wants := func(client, api, version string) string {
-		if other := f.targets.baseURL(api, base); other != "" {
-			return client + "'s base URL is " + other + version
+	// other is what to do for a client of the other API.
+	other := func(client, otherAPI, version string) string {
+		if itsURL := f.targets.baseURL(otherAPI, base); itsURL != "" {
+			return client + "'s base URL is " + itsURL + version
 		}
-		return client + " needs a TARGET_URL that ends in /" + api +
+		return client + " needs a TARGET_URL that ends in /" + otherAPI +
 			"/, beside this one or in its place"
 	}
 	switch {
 	case api == openAI && (operation == "messages" || operation == claude):
 		// /openai/v1/messages, /openai/anthropic/v1/messages
-		return wants("Claude", claude, "")
+		return other("Claude", claude, "")
 	case api == claude && (operation == "chat" || operation == "responses" || operation == openAI):
 		// /anthropic/v1/chat/completions, /anthropic/openai/v1/responses
-		return wants("GPT", openAI, "/v1")
+		return other("GPT", openAI, "/v1")
 	case hasV1 && (operation == "v1" || operation == openAI || operation == "deployments"):
 		// /openai/v1/v1/responses, /openai/v1/deployments/D/chat/completions
 		return "the client adds this itself: leave /v1 out of its base URL, as in " + own +

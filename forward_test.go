@@ -210,7 +210,7 @@ func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Serve
 		signals: make(chan os.Signal, 2),
 		stopped: make(chan struct{}),
 	}
-	p.tokens.lateTime = time.Hour
+	p.lateTime = time.Hour
 	if upstream.TLS != nil {
 		client := upstream.Client().Transport.(*http.Transport).TLSClientConfig
 		p.forwarder.transport.TLSClientConfig.RootCAs = client.RootCAs
@@ -1291,7 +1291,7 @@ func TestStartTellsOfTheFirstToken(t *testing.T) {
 		logged := followLog(t)
 		p := startProxy(t, identity, upstream, nil)
 		logged.waitFor(t, "no token yet: IMDS at "+host+" answered 400: ")
-		p.tokens.tellLate()
+		p.tokens.tellLate(errors.New("another reason"))
 		if text := logged.String(); strings.Count(text, "no token yet") != 1 ||
 			!strings.Contains(text, "; trying goes on\n") {
 			t.Errorf("got %s", text)
@@ -1306,7 +1306,7 @@ func TestStartTellsOfTheFirstToken(t *testing.T) {
 		})
 		logged := followLog(t)
 		p := newTestProxy(t, identity, upstream, nil)
-		p.tokens.lateTime = 0
+		p.lateTime = 0
 		p.start(t)
 		logged.waitFor(t, "no token yet: IMDS at "+host+" has not answered yet; "+
 			"hint: only Azure hosts have it; trying goes on")
@@ -1325,8 +1325,23 @@ func TestStartTellsOfTheFirstToken(t *testing.T) {
 		}
 		p.start(t)
 		<-tried
-		p.tokens.tellLate()
 		logged.waitFor(t, "no token yet: IMDS at "+host+" answered 500: no; trying goes on")
+	})
+
+	t.Run("it is stopped before", func(t *testing.T) {
+		asked := make(chan bool, 1)
+		identity.answerWith(func(_ http.ResponseWriter, r *http.Request) {
+			asked <- true
+			<-r.Context().Done()
+		})
+		logged := followLog(t)
+		p := startProxy(t, identity, upstream, nil)
+		<-asked
+		p.signals <- syscall.SIGTERM
+		<-p.stopped
+		if text := logged.String(); strings.Contains(text, "no token") {
+			t.Errorf("got %s", text)
+		}
 	})
 }
 
@@ -4150,6 +4165,22 @@ func TestMistakesInAPathAreNamed(t *testing.T) {
 				"Connection: close\r\n\r\n")
 			logged.waitFor(t, strings.ReplaceAll(tt.want, "{host}", p.addr))
 		})
+	}
+}
+
+// TestRefusalIsExplainedToTheEnd, even if the client has read it and left before the log is written.
+func TestRefusalIsExplainedToTheEnd(t *testing.T) {
+	logged := followLog(t)
+	ctx, leave := context.WithCancel(context.Background())
+	leave()
+	r := httptest.NewRequest("POST", "/x", nil).WithContext(ctx)
+	req := &http.Request{Method: "POST", URL: &url.URL{Scheme: "https", Host: "h", Opaque: "/x"}}
+	f := &forwarder{secrets: &secrets{}}
+	f.logProblem(r, req, &http.Response{StatusCode: 403}, time.Now(), "answered 403")
+	f.logProblem(r, req, nil, time.Now(), "no answer")
+	text := logged.String()
+	if !strings.Contains(text, ": answered 403\n") || strings.Contains(text, "no answer") {
+		t.Errorf("got %s", text)
 	}
 }
 

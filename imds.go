@@ -83,9 +83,9 @@ type token struct {
 // validAt tells whether the token can be sent.
 func (t token) validAt(now time.Time) bool { return until(t.expires, now) > 0 }
 
-// until is how long it takes from now to t, by that of the two clocks in a
-// time.Time which says less: the monotonic clock stands still while a machine
-// sleeps, and the wall clock, which is what Round leaves, may be set back.
+// until is how long it takes from now to t. A time.Time holds two clocks. The
+// monotonic one stands still while a machine sleeps, and the wall clock, which is
+// what Round leaves, may be set back. So the one that says less counts.
 func until(t, now time.Time) time.Duration {
 	return min(t.Sub(now), t.Round(0).Sub(now.Round(0)))
 }
@@ -116,10 +116,9 @@ func (t token) claims() claims {
 // than one fetch at a time. While the held token is valid, no request waits.
 // Without a valid token, all requests wait for the same fetch.
 type tokenSource struct {
-	fetch    func(context.Context) (token, error)
-	now      func() time.Time
-	asked    chan struct{} // wakes run; has room for one, so that nobody waits to ask
-	lateTime time.Duration // after which the log says that the first token is late
+	fetch func(context.Context) (token, error)
+	now   func() time.Time
+	asked chan struct{} // wakes run; has room for one, so that nobody waits to ask
 
 	mu         sync.Mutex    // protects the fields below
 	held       token         // the zero token before the first success
@@ -127,21 +126,16 @@ type tokenSource struct {
 	quietUntil time.Time     // no fetch begins before; zero after a success
 	rejectedAt time.Time     // when a 401 last made held due for refresh
 	turn       chan struct{} // closed and replaced after each turn of run
-	cause      error         // why the fetch under way has no token so far
 	toldLate   bool          // the log has said that there is no token yet
 }
 
-// newTokenSource makes a token source; cause is why there is no token until fetch
-// has said more.
-func newTokenSource(fetch func(context.Context) (token, error), now func() time.Time,
-	cause error) *tokenSource {
+func newTokenSource(fetch func(context.Context) (token, error),
+	now func() time.Time) *tokenSource {
 	return &tokenSource{
-		fetch:    fetch,
-		now:      now,
-		asked:    make(chan struct{}, 1),
-		lateTime: 1500 * time.Millisecond,
-		cause:    cause,
-		turn:     make(chan struct{}),
+		fetch: fetch,
+		now:   now,
+		asked: make(chan struct{}, 1),
+		turn:  make(chan struct{}),
 	}
 }
 
@@ -158,11 +152,12 @@ func (e *noTokenError) Error() string { return e.cause.Error() }
 // wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) current(ctx context.Context) (token, error) {
 	for {
-		// turn is read together with due, so its end cannot be missed.
+		// turn is read together with due. If that is true, the fetch's outcome has
+		// not been published, and the turn ends after that: its end is not missed.
 		s.mu.Lock()
 		now := s.now()
 		held, failure, turn, due := s.held, s.failure, s.turn, s.isDue(now)
-		quiet := s.quietUntil.Sub(now)
+		quiet := until(s.quietUntil, now)
 		s.mu.Unlock()
 
 		if due {
@@ -187,7 +182,7 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 // is false only in the pause that publish sets with a failure. The caller holds
 // s.mu.
 func (s *tokenSource) isDue(now time.Time) bool {
-	if now.Before(s.quietUntil) {
+	if until(s.quietUntil, now) > 0 {
 		return false
 	}
 	return !s.held.validAt(now) || until(s.held.refresh, now) <= 0
@@ -205,8 +200,6 @@ func (s *tokenSource) ask() {
 // ctx ends. It needs no requests for that: a client that comes back after
 // hours finds a valid token.
 func (s *tokenSource) run(ctx context.Context) {
-	late := time.AfterFunc(s.lateTime, s.tellLate)
-	defer late.Stop()
 	for {
 		s.mu.Lock()
 		due := s.isDue(s.now())
@@ -273,22 +266,15 @@ func (s *tokenSource) tell(t token, err error) {
 	}
 }
 
-// tellLate logs that the first token is late, unless it is there or its absence
-// has been logged. A fetch with its retries may take fetchTime, for which nobody
-// who looks at the log of a new installation should have to wait.
-func (s *tokenSource) tellLate() {
+// tellLate logs why the fetch under way has no token so far, unless there is one,
+// or that has been logged. A fetch with its retries may take fetchTime, for which
+// nobody who looks at the log of a new installation should have to wait.
+func (s *tokenSource) tellLate(why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.held.authorization == "" && !s.toldLate {
-		s.tell(token{}, s.cause)
+		s.tell(token{}, why)
 	}
-}
-
-// setCause keeps for tellLate why a fetch that goes on has no token so far.
-func (s *tokenSource) setCause(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.cause = err
 }
 
 // wakeWaiters has those who wait for a token look again.
@@ -342,7 +328,8 @@ type endpoint struct {
 	clientID     string   // of a user-assigned identity; empty for the system-assigned one
 	clientIDFrom string   // the variable that holds it: "AZURE_CLIENT_ID"
 
-	// request makes the request for a token, anew for each try.
+	// request makes the request for a token, anew for each try. For Azure Arc it
+	// sends another one before, in answerChallenge.
 	request func(context.Context) (*http.Request, error)
 
 	alsoRetried  []int  // statuses that are temporary here, beside those of shouldRetry
@@ -433,10 +420,10 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 	// No redirect is followed, as a RoundTripper never does. It would show the
 	// request's secret to another host.
 	e.transport = &http.Transport{
-		Proxy:                  nil, // none on the way to the host's own link
-		OnProxyConnectResponse: checkConnect,
-		DisableKeepAlives:      true, // there are hours between two requests
-		DisableCompression:     true, // ask for no gzip
+		Proxy:                  nil,          // none on the way to the host's own link
+		OnProxyConnectResponse: checkConnect, // for workload identity, which sets Proxy
+		DisableKeepAlives:      true,         // there are hours between two requests
+		DisableCompression:     true,         // ask for no gzip
 		MaxResponseHeaderBytes: maxAnswer,
 		// Its timeouts are zero, as the context of each try bounds it.
 	}
@@ -520,8 +507,8 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 		// Arc-enabled servers"). A service that was started before the agent was
 		// installed lacks its variables, so the agent's file counts too. Older
 		// agents ignore client_id and give the token of the host's own identity.
-		// Their answer does not repeat the client id, by which azidentity 1.15, of
-		// the Azure SDK for Go, knows them as well.
+		// An answer that does not repeat the client id is taken for theirs, as
+		// azidentity 1.15 of the Azure SDK for Go does.
 		e.name, e.why = "Azure Arc", "marked by IDENTITY_ENDPOINT and IMDS_ENDPOINT"
 		if !isSet("IDENTITY_ENDPOINT") {
 			e.why = "marked by " + arc.agent
@@ -733,7 +720,7 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 		// Jitter of ±20 % keeps many hosts from asking in step.
 		jittered := time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
 		wait := max(failed.retryAfter, jittered)
-		if e.now().Add(wait).After(deadline) {
+		if ctx.Err() != nil || e.now().Add(wait).After(deadline) {
 			return token{}, err
 		}
 		if e.onRetry != nil {
@@ -848,7 +835,8 @@ var refusalHints = []struct{ text, hint string }{
 	{"Identity not found", "assign a managed identity to this host, or correct AZURE_CLIENT_ID"},
 	{"Multiple user assigned", "set AZURE_CLIENT_ID to the client id of one of them"},
 	{"unreachable network", "this is not an Azure host"},
-	{"AADSTS70021", "the federated credential's issuer or subject is not this pod's"},
+	// AADSTS70021 in older answers, and 700211 to 700213 for one of the three.
+	{"AADSTS70021", "the federated credential's issuer, subject or audience is not this pod's"},
 	{"AADSTS500011", "correct AZURE_OPENAI_SCOPE"},
 }
 
@@ -1097,10 +1085,6 @@ func (s *secrets) redact(text string) string {
 	for _, secret := range s.values {
 		text = strings.ReplaceAll(text, secret.value, "REDACTED")
 	}
-	// Most texts are short and have no word to look at more closely.
-	if !s.mayBePart(text) {
-		return text
-	}
 	words := strings.FieldsFunc(text, func(r rune) bool {
 		return !strings.ContainsRune(tokenCharacters, r)
 	})
@@ -1117,8 +1101,8 @@ func (s *secrets) redact(text string) string {
 // 6750's b64token. The slash is left out, as it separates words in a path.
 const tokenCharacters = letters + digits + "._~+=-"
 
-// mayBePart tells whether a word may be a part of a token, or a text may have
-// such a word. The caller holds s.mu.
+// mayBePart tells whether a word may be a part of a token. The caller holds
+// s.mu.
 func (s *secrets) mayBePart(word string) bool {
 	containsStart := func(secret secret) bool {
 		start := secret.value[:min(secretStart, len(secret.value))]

@@ -198,7 +198,7 @@ func newTestTokens(t testing.TB, f *fakeIdentity, env string) (*tokenSource, *fa
 // runTokens runs a token source until the test ends.
 func runTokens(t testing.TB, fetch func(context.Context) (token, error),
 	now func() time.Time) *tokenSource {
-	tokens := newTokenSource(fetch, now, nil)
+	tokens := newTokenSource(fetch, now)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan bool)
 	go func() {
@@ -467,7 +467,7 @@ func TestTokenThatExpiresOnTheWayIsAFailure(t *testing.T) {
 // the token source does not any more.
 func TestClockSetBackLeavesNobodyWaiting(t *testing.T) {
 	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	tokens := newTokenSource(nil, c.now, nil) // nothing is to be fetched
+	tokens := newTokenSource(nil, c.now) // nothing is to be fetched
 	end := c.now().Add(time.Hour)
 	tokens.held = token{authorization: "Bearer token-1", expires: end, refresh: end}
 	c.advance(2 * time.Hour)
@@ -530,7 +530,7 @@ func TestTokenSourceEndsWithoutAWord(t *testing.T) {
 		<-r.Context().Done()
 	})
 	e, c := newTestEndpoint(t, f, imdsEnv, "")
-	tokens := newTokenSource(e.fetch, c.now, nil)
+	tokens := newTokenSource(e.fetch, c.now)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan bool)
 	go func() {
@@ -602,7 +602,7 @@ func TestUpstream401MakesTokenDueForRefresh(t *testing.T) {
 // heldToken is a source that holds a token.
 func heldToken() *tokenSource {
 	later := time.Now().Add(time.Hour)
-	s := newTokenSource(nil, time.Now, nil)
+	s := newTokenSource(nil, time.Now)
 	s.held = token{authorization: "Bearer token", expires: later, refresh: later}
 	return s
 }
@@ -1120,7 +1120,7 @@ func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
 		{"workload identity", workloadEnv + "go.mod", 401,
 			`{"error_description":"AADSTS700211: no matching credential"}`,
 			"workload identity at HOST answered 401: BODY (client_id c1, from AZURE_CLIENT_ID); " +
-				"hint: the federated credential's issuer or subject is not this pod's"},
+				"hint: the federated credential's issuer, subject or audience is not this pod's"},
 		{"Docker Desktop", imdsEnv, 403,
 			"dial tcp: A socket operation was attempted to an unreachable network.",
 			"IMDS at HOST answered 403: BODY; hint: this is not an Azure host"},

@@ -152,7 +152,8 @@ func main() {
 	if err == nil {
 		return
 	}
-	// No secret is known here, but what looks like a token is redacted.
+	// run's errors show no value of a setting that may be secret. Beyond that, what
+	// looks like a token is redacted.
 	fmt.Fprintln(os.Stderr, "aoai-proxy:", (&secrets{}).safe(err.Error(), maxLine))
 	var wrong configError
 	if errors.As(err, &wrong) {
@@ -201,7 +202,7 @@ func run(args []string, stdout io.Writer) error {
 		return configError{err}
 	}
 	listeners, err := listen(cfg)
-	if err != nil {
+	if err != nil { // no configError, as the port may become free
 		return err
 	}
 	log.SetOutput(logWriter{cfg.secrets, log.Writer()})
@@ -364,8 +365,8 @@ func parseDotEnvValue(text string) (value string, ok bool) {
 		return "", false
 	}
 	// In a bare value a # begins a comment only after a space or a tab, which may
-	// be the first character here. So a bare value is trimmed after its comment is
-	// cut.
+	// be the first character here, as in "NAME= # none". So a bare value is trimmed
+	// after its comment is cut.
 	quoted := strings.TrimSpace(text)
 	if strings.HasPrefix(quoted, `"`) || strings.HasPrefix(quoted, "'") {
 		quote := quoted[:1]
@@ -441,8 +442,8 @@ func loadConfig(getenv func(string) string) (*config, error) {
 const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
 
 // parseTargets parses TARGET_URL. If it has several base URLs, the token of one
-// resource is for all of them, and the last segment of its path is the name by
-// which a request chooses one. See upstreamURL.
+// resource is for all of them. A request chooses one by the end of its path, the
+// last segment at least, as upstreamURL says; so that has to be unique.
 func parseTargets(value string) (targets, error) {
 	fields := strings.Fields(value)
 	if len(fields) == 0 {
@@ -463,7 +464,7 @@ func parseTargets(value string) (targets, error) {
 			return nil, fmt.Errorf("%s and %s differ in scheme or host; "+
 				"want base URLs of one resource", first, u)
 		}
-		// An empty name begins no path, and v1 begins most.
+		// Nothing would choose one without a name, and nearly every request v1.
 		if i > 0 && (name == "" || name == "v1") {
 			return nil, fmt.Errorf("%s is not the first and has no name to choose it by; "+
 				"want one that ends in /anthropic/, for example", u)
@@ -615,20 +616,19 @@ type service struct {
 	forwarder *forwarder
 	server    *http.Server
 	drainTime time.Duration // for running streams, after SIGTERM and DRAIN_DELAY
+	lateTime  time.Duration // after which the log says that the first token is late
 	stopping  atomic.Bool   // set by SIGTERM
 }
 
 func newService(cfg *config) *service {
-	// If the first token is late, the log says why: that the endpoint has not
-	// answered yet, or what the last try failed with, if there was one.
-	unanswered := cfg.endpoint.noAnswer("has not answered yet")
-	tokens := newTokenSource(cfg.endpoint.fetch, time.Now, unanswered)
-	cfg.endpoint.onRetry = tokens.setCause
+	tokens := newTokenSource(cfg.endpoint.fetch, time.Now)
+	cfg.endpoint.onRetry = tokens.tellLate
 	s := &service{
 		cfg:       cfg,
 		tokens:    tokens,
 		forwarder: newForwarder(cfg.targets, cfg.key, tokens, cfg.secrets),
 		drainTime: 10 * time.Minute,
+		lateTime:  1500 * time.Millisecond,
 	}
 	s.forwarder.debug = cfg.debug
 	s.server = &http.Server{
@@ -686,6 +686,10 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	s.server.BaseContext = func(net.Listener) context.Context { return ctx }
 	s.logStart(listeners)
 	go s.tokens.run(ctx)
+	late := time.AfterFunc(s.lateTime, func() {
+		s.tokens.tellLate(s.cfg.endpoint.noAnswer("has not answered yet"))
+	})
+	defer late.Stop()
 	failed := make(chan error, len(listeners))
 	for _, ln := range listeners {
 		go func() { failed <- s.server.Serve(ln) }()
@@ -725,8 +729,9 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	waitFor(finished, breakTime)
 
 	// A handler that is still there waits for its client to read or to send, which
-	// ends when the server closes the client's connection. If the handler has taken
-	// that over from the server, it closes it itself, after lingerTime at most.
+	// ends when the server closes the client's connection. A handler that has taken
+	// its connection over from the server (apiError.write, tunnel) closes it by
+	// itself, after lingerTime at most.
 	s.server.Close()
 	waitFor(finished, lingerTime+breakTime)
 
@@ -762,8 +767,8 @@ func (s *service) notify(state string) {
 // breakTime is enough for a handler to end that waits for no client.
 const breakTime = time.Second
 
-// waitForStreams waits for what Shutdown does not know of: tunnels. It looks
-// now and then, as Shutdown does for the rest.
+// waitForStreams waits until no request and no tunnel is under way. Shutdown does
+// not know of tunnels. It looks now and then, as Shutdown does.
 func (s *service) waitForStreams() {
 	for s.forwarder.streams.Load() > 0 {
 		time.Sleep(10 * time.Millisecond)
@@ -929,7 +934,7 @@ func hintLines(hints ...string) (lines []string) {
 // checkUpstream asks each target for something that uses no model. It returns
 // the models that the service lists, too.
 func checkUpstream(cfg *config, t token) (found []finding, models []string) {
-	f := newForwarder(cfg.targets, cfg.key, nil, cfg.secrets)
+	f := newForwarder(cfg.targets, cfg.key, nil, cfg.secrets) // with t at hand, no token source
 	for i, target := range cfg.targets {
 		req := checkRequest(target)
 		req.Header.Set("Authorization", t.authorization)
