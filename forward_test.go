@@ -1329,17 +1329,17 @@ func TestStartTellsOfTheFirstToken(t *testing.T) {
 	})
 
 	t.Run("it is stopped before", func(t *testing.T) {
-		asked := make(chan bool, 1)
+		ctx, stop := context.WithCancel(context.Background())
 		identity.answerWith(func(_ http.ResponseWriter, r *http.Request) {
-			asked <- true
+			stop()
 			<-r.Context().Done()
 		})
 		logged := followLog(t)
-		p := startProxy(t, identity, upstream, nil)
-		<-asked
-		p.signals <- syscall.SIGTERM
-		<-p.stopped
-		if text := logged.String(); strings.Contains(text, "no token") {
+		p := newTestProxy(t, identity, upstream, nil)
+		if _, err := p.cfg.endpoint.fetch(ctx); err == nil {
+			t.Error("got a token")
+		}
+		if text := logged.String(); text != "" {
 			t.Errorf("got %s", text)
 		}
 	})
