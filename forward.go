@@ -850,8 +850,9 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (
 	if isEventStream(resp.Header) {
 		buffers = &eventBuffers
 	}
-	buf := buffers.Get().(*[]byte)
-	defer buffers.Put(buf)
+	pooled := buffers.Get().(*[]byte)
+	defer buffers.Put(pooled)
+	buf := *pooled
 
 	// The head of a stream goes out before the first event. One of known length
 	// goes out with the beginning of its body.
@@ -862,12 +863,12 @@ func copyBody(w http.ResponseWriter, resp *http.Response) (
 		}
 	}
 	for {
-		n, readErr := resp.Body.Read(*buf)
+		n, readErr := resp.Body.Read(buf)
 		received += int64(n)
 		if resp.StatusCode >= 400 {
-			beginning = append(beginning, (*buf)[:min(n, maxBeginning-len(beginning))]...)
+			beginning = append(beginning, buf[:min(n, maxBeginning-len(beginning))]...)
 		}
-		if _, err := w.Write((*buf)[:n]); err != nil { // of nothing, it does nothing
+		if _, err := w.Write(buf[:n]); err != nil { // of nothing, it does nothing
 			return received, beginning, clientError{err}
 		}
 		if readErr == io.EOF {
@@ -1360,19 +1361,13 @@ func (f *forwarder) pathMistake(u *url.URL, base string) string {
 	if i < 0 {
 		return ""
 	}
-	api, rest := segments[i], segments[i+1:]
+	api, rest := segments[i], strings.Join(segments[i+1:], "/")
 	own := f.targets.baseURL(api, base)
 	if own == "" {
 		return ""
 	}
-	hasV1 := len(rest) > 0 && rest[0] == "v1"
-	if hasV1 {
-		rest = rest[1:]
-	}
-	operation := ""
-	if len(rest) > 0 {
-		operation = rest[0]
-	}
+	hasV1 := strings.HasPrefix(rest, "v1/")
+	operation, _, _ := strings.Cut(strings.TrimPrefix(rest, "v1/"), "/")
 	hasVersion := u.Query().Has("api-version")
 
 	// other is what to do for a client of the other API.
