@@ -120,33 +120,33 @@ func nameSet(names ...string) map[string]bool {
 //
 //   - A body of up to smallBody bytes is read whole, by readBody, before the
 //     upstream request is sent. After that nothing of it is left to read.
-//   - A longer body, or one of unknown length, is streamed. The transport reads
-//     it, through an upload, until the answer is over; then upload.end takes it
-//     away and reads the rest. A Read of the transport may then still be under
-//     way, and what it gets is dropped.
-//   - The body of a refused request goes nowhere. linger drops what comes.
+//   - A longer body, or one of unknown length, is streamed: it is an upload,
+//     which the transport reads until the answer is over or has failed. Then the
+//     upload is taken from the transport, and what still comes is dropped.
+//   - The body of a refused request goes nowhere. What comes of it is dropped.
 //
 // A client that is still sending when its connection is closed gets a reset,
-// and with it loses the answer that it has not read yet. So whoever may still
-// be sending is told Connection: close, and then has lingerTime to finish. In
-// short:
+// and with it loses the answer that it has not read yet. So a client that may
+// still be sending is told Connection: close, and what it sends within lingerTime
+// is read and dropped before the connection is closed. In short:
 //
 //	exchange               how it ends
 //	no body, or a small    With the answer. The connection is kept for the next
 //	  one                  request.
-//	refusal of a request   apiError.write answers, takes the connection from the
-//	  with a body          server, lingers and closes it.
-//	streamed upload        After the answer upload.end lingers, and the server
-//	                       closes the connection.
-//	upload that the        ServeHTTP sets upload.stopped, and apiError.write
-//	  upstream does not    answers as it answers a refusal of a request with a
-//	  answer               body.
-//	answer that breaks     abort closes the connection at once, so that the
+//	streamed upload        After the answer, what the client still sends is dropped
+//	                       for lingerTime, and the server closes the connection.
+//	refusal of a request   The connection is taken from the server. What the client
+//	  with a body          still sends is dropped for lingerTime. Then it is closed.
+//	upload that the        The upload is taken from the transport. The rest is as
+//	  upstream does not    for a refusal.
+//	  answer
+//	answer that breaks     The client's connection is closed at once, so that the
 //	  off                  client does not take a part for the whole.
-//	tunnel                 Each direction ends by itself. Then tunnel lingers and
-//	                       closes both connections.
-//	any of these at the    service.serve ends the request's context. The answer
-//	  end of a drain       then breaks off, and a tunnel closes both connections.
+//	tunnel                 Each direction ends by itself. Then what the client still
+//	                       sends is dropped for lingerTime, and both connections
+//	                       are closed.
+//	any of these at the    The client's connection is closed, or ends with the
+//	  end of a drain       program.
 
 // lingerTime is how long a client may go on sending after its answer.
 const lingerTime = time.Second
@@ -216,7 +216,7 @@ type forwarder struct {
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
 	endTime   time.Duration // for one direction of a tunnel to end after the other
-	streams   atomic.Int64  // requests and tunnels under way
+	streams   atomic.Int64  // requests and tunnels under way, as the log calls them
 }
 
 func newForwarder(to targets, key string, tokens *tokenSource, hidden *secrets) *forwarder {
@@ -304,11 +304,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if problem := f.checkAnswer(r, body, resp, err, upgrade); problem != nil {
 		if streamed {
-			// Only linger is to read from here on. A deadline in the past ends a
-			// Read that the transport may be in, and would stay in for as long as
-			// the client sends nothing. What that Read gets is dropped.
-			body.stopped.Store(true)
-			http.NewResponseController(w).SetReadDeadline(time.Now())
+			body.take(w, time.Now())
 		}
 		f.logProblem(r, req, nil, start, problem.message)
 		problem.write(w, r)
@@ -590,9 +586,9 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 
 // upstreamURL is where a request for path goes: a target's path, then path. What
 // the end of the one and the beginning of the other share counts once, as many
-// clients add /openai by themselves. It also chooses the target: the one that
-// shares most, and the first if none shares anything. Slashes in front of path,
-// from a client's base URL that ends in one, are dropped (the third line below).
+// clients add /openai by themselves. The target is the one that shares something
+// with path, or else the first. Slashes in front of path, from a client's base URL
+// that ends in one, are dropped (the third line below).
 //
 //	targets                    path                   goes to
 //	…/openai/                  /v1/responses          /openai/v1/responses
@@ -606,13 +602,14 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 // Both paths keep their escapes.
 func upstreamURL(to targets, path string) *url.URL {
 	segments := strings.Split(strings.TrimLeft(path, "/"), "/")
-	target, most := to[0], 0
+	target, counted := to[0], 0
 	for _, u := range to {
-		if n := shared(u, segments); n > most {
-			target, most = u, n
+		if n := shared(u, segments); n > 0 {
+			target, counted = u, n
+			break
 		}
 	}
-	rest := strings.TrimLeft(strings.Join(segments[most:], "/"), "/")
+	rest := strings.TrimLeft(strings.Join(segments[counted:], "/"), "/")
 	// Opaque is sent as it is, without another round of escaping. With two
 	// slashes in front it would be taken for a host and a path.
 	opaque := "/" + strings.TrimLeft(target.EscapedPath()+rest, "/")
@@ -693,22 +690,26 @@ func cutCredentials(query string) string {
 	return strings.Join(kept, "&")
 }
 
-// upload is a request body that is streamed.
+// upload is a request body that is streamed. The transport reads it until it is
+// taken.
 type upload struct {
-	body    io.Reader
-	sent    atomic.Int64 // bytes
-	failed  atomic.Bool  // the client did not send it whole
-	stopped atomic.Bool  // the answer is over: no more goes upstream, not even the end
+	body   io.Reader
+	sent   atomic.Int64 // bytes
+	failed atomic.Bool  // the client did not send it whole
+
+	mu    sync.Mutex // held by a Read while it lasts; protects taken
+	taken bool
 }
 
 func (u *upload) Read(p []byte) (int, error) {
-	if u.stopped.Load() {
-		return 0, errAnswered
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.taken {
+		// It is an error and not the end, as the upload must not look complete to
+		// the upstream.
+		return 0, errTaken
 	}
 	n, err := u.body.Read(p)
-	if u.stopped.Load() { // end may have read bytes that came before these
-		return 0, errAnswered
-	}
 	if err != nil && err != io.EOF {
 		u.failed.Store(true)
 	}
@@ -716,10 +717,20 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-var errAnswered = errors.New("answered already")
+var errTaken = errors.New("the request is over")
 
 // Close is called by the transport. Closing the body is the server's part.
 func (u *upload) Close() error { return nil }
+
+// take takes the upload away from the transport. A Read of the transport that is
+// under way would last for as long as the client sends nothing; the deadline ends
+// it. It stays the connection's deadline, for whoever reads next.
+func (u *upload) take(w http.ResponseWriter, deadline time.Time) {
+	http.NewResponseController(w).SetReadDeadline(deadline)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.taken = true
+}
 
 // withEarlyAnswer returns req with a hook for the case that the upstream answers
 // before it has read the whole upload, as with 413 or 401, and then closes the
@@ -744,18 +755,12 @@ func (u *upload) withEarlyAnswer(req *http.Request) *http.Request {
 	}))
 }
 
-// end takes the upload away from the transport, and drops what the client still
-// sends.
+// end ends an upload after its answer: what the client still sends is dropped.
 func (u *upload) end(w http.ResponseWriter) {
-	u.stopped.Store(true)
-	client := http.NewResponseController(w)
-	client.Flush() // the answer goes out before; only its last, empty chunk comes later
-	client.SetReadDeadline(time.Now().Add(lingerTime))
-	// A Read of the transport that is under way ends with the next bytes, or at
-	// the deadline. Meanwhile there are two readers, which is safe: net/http's body
-	// has a lock (its type body). The transport's may miss bytes that this one
-	// gets, so upload.Read then returns an error: an upload with a hole must not
-	// look complete to the upstream.
+	// The answer goes out before. Only its last chunk, an empty one, is written by
+	// the server after this.
+	http.NewResponseController(w).Flush()
+	u.take(w, time.Now().Add(lingerTime))
 	io.Copy(io.Discard, u.body)
 }
 

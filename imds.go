@@ -120,13 +120,13 @@ type tokenSource struct {
 	now   func() time.Time
 	asked chan struct{} // wakes run; has room for one, so that nobody waits to ask
 
-	mu         sync.Mutex    // protects the fields below
-	held       token         // the zero token before the first success
-	failure    error         // of the last fetch; nil after a success
-	quietUntil time.Time     // no fetch begins before; zero after a success
-	rejectedAt time.Time     // when a 401 last made held due for refresh
-	turn       chan struct{} // closed and replaced after each turn of run
-	toldLate   bool          // the log has said that there is no token yet
+	mu          sync.Mutex    // protects the fields below
+	held        token         // the zero token before the first success
+	failure     error         // of the last fetch; nil after a success
+	pausedUntil time.Time     // no fetch begins before; zero after a success
+	rejectedAt  time.Time     // when a 401 last made held due for refresh
+	turn        chan struct{} // closed and replaced after each turn of run
+	toldLate    bool          // the log has said that there is no token yet
 }
 
 func newTokenSource(fetch func(context.Context) (token, error),
@@ -157,7 +157,7 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 		s.mu.Lock()
 		now := s.now()
 		held, failure, turn, due := s.held, s.failure, s.turn, s.isDue(now)
-		quiet := until(s.quietUntil, now)
+		pause := until(s.pausedUntil, now)
 		s.mu.Unlock()
 
 		if due {
@@ -167,7 +167,7 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 			return held, nil
 		}
 		if !due {
-			return token{}, &noTokenError{failure, quiet}
+			return token{}, &noTokenError{failure, pause}
 		}
 		select {
 		case <-turn:
@@ -182,7 +182,7 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 // is false only in the pause that publish sets with a failure. The caller holds
 // s.mu.
 func (s *tokenSource) isDue(now time.Time) bool {
-	if until(s.quietUntil, now) > 0 {
+	if until(s.pausedUntil, now) > 0 {
 		return false
 	}
 	return !s.held.validAt(now) || until(s.held.refresh, now) <= 0
@@ -231,7 +231,7 @@ func (s *tokenSource) untilDue() time.Duration {
 	if !s.held.validAt(now) {
 		return unaskedPause
 	}
-	return max(until(s.held.refresh, now), until(s.quietUntil, now), time.Second)
+	return max(until(s.held.refresh, now), until(s.pausedUntil, now), time.Second)
 }
 
 // publish logs and keeps the outcome of a fetch. A failure leaves the old token
@@ -243,26 +243,28 @@ func (s *tokenSource) publish(t token, err error) {
 	s.failure = err
 	if err == nil {
 		s.held = t
-		s.quietUntil = time.Time{}
+		s.pausedUntil = time.Time{}
 	} else {
-		s.quietUntil = s.now().Add(s.pauseAfter(err))
+		s.pausedUntil = s.now().Add(s.pauseAfter(err))
 	}
 }
 
 // tell logs the first token, and each failure. The caller holds s.mu.
 func (s *tokenSource) tell(t token, err error) {
-	isFirst := s.held.authorization == ""
+	hadToken := s.held.authorization != ""
 	switch {
-	case err == nil && isFirst:
+	case err == nil && hadToken:
+		// It replaces another, and nobody needs to know.
+	case err == nil:
 		log.Printf("token ready: object id %s, expires %s, from %s",
 			t.claims().Object, t.expires.Format(time.RFC3339), t.from)
-	case err == nil:
-		// It replaces another, and nobody needs to know.
-	case isFirst && !s.toldLate:
+	case hadToken:
+		log.Printf("no new token: %v", err)
+	case s.toldLate:
+		log.Printf("still no token: %v", err)
+	default:
 		s.toldLate = true
 		log.Printf("no token yet: %v; trying goes on", err)
-	default:
-		log.Printf("no new token: %v", err)
 	}
 }
 

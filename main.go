@@ -615,7 +615,7 @@ type service struct {
 	tokens    *tokenSource
 	forwarder *forwarder
 	server    *http.Server
-	drainTime time.Duration // for running streams, after SIGTERM and DRAIN_DELAY
+	drainTime time.Duration // for running requests and tunnels to finish
 	lateTime  time.Duration // after which the log says that the first token is late
 	stopping  atomic.Bool   // set by SIGTERM
 }
@@ -678,8 +678,9 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 }
 
 // serve answers requests until a signal arrives. For DRAIN_DELAY it goes on, as a
-// balancer may not know yet that this replica is to be left out. Then it accepts
-// no more, and lets running requests and tunnels finish.
+// balancer may not know yet that this replica is to be left out. Then it drains. A
+// second signal ends that early. What still runs then is broken off, by the end of
+// its connection or of ctx, which every request's context stems from.
 func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -706,45 +707,42 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	if s.cfg.delay > 0 {
 		log.Printf("stopping: accepts for another %v, while /readyz says 503", s.cfg.delay)
 	}
+	select {
+	case <-time.After(s.cfg.delay):
+		s.drain(signals)
+	case <-signals:
+	}
+	if n := s.forwarder.streams.Load(); n > 0 {
+		log.Printf("breaking off %d streams", n)
+	}
+	s.server.Close()
+	log.Print("stopped")
+	return nil
+}
+
+// drain accepts no more, and lets running requests and tunnels finish, until
+// another signal arrives or drainTime has passed.
+func (s *service) drain(signals <-chan os.Signal) {
+	log.Printf("draining %d streams (up to %v; a second signal breaks them off)",
+		s.forwarder.streams.Load(), s.drainTime)
 	finished := make(chan struct{})
 	go func() {
-		sleep(ctx, s.cfg.delay)
-		if ctx.Err() == nil { // no second signal has come
-			log.Printf("draining %d streams (up to %v; a second signal ends them now)",
-				s.forwarder.streams.Load(), s.drainTime)
-		}
 		s.server.Shutdown(context.Background())
-		s.waitForStreams()
+		s.waitForTunnels()
 		close(finished)
 	}()
 	select {
 	case <-finished:
 	case <-signals:
-	case <-time.After(s.cfg.delay + s.drainTime):
+	case <-time.After(s.drainTime):
 	}
-
-	// What still runs is broken off. cancel ends DRAIN_DELAY, and the context of
-	// every request: upstream requests, waits for a token and tunnels end with it.
-	cancel()
-	waitFor(finished, breakTime)
-
-	// A handler that is still there waits for its client to read or to send, which
-	// ends when the server closes the client's connection. A handler that has taken
-	// its connection over from the server (apiError.write, tunnel) closes it by
-	// itself, after lingerTime at most.
-	s.server.Close()
-	waitFor(finished, lingerTime+breakTime)
-
-	// Whatever is still there now ends with the program.
-	log.Print("stopped")
-	return nil
 }
 
-// waitFor waits until finished is closed, but no longer than limit.
-func waitFor(finished <-chan struct{}, limit time.Duration) {
-	select {
-	case <-finished:
-	case <-time.After(limit):
+// waitForTunnels waits for what Shutdown does not know of. It looks now and then,
+// as Shutdown does.
+func (s *service) waitForTunnels() {
+	for s.forwarder.streams.Load() > 0 {
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
@@ -761,17 +759,6 @@ func (s *service) notify(state string) {
 	}
 	if err != nil {
 		log.Printf("NOTIFY_SOCKET: %v", err)
-	}
-}
-
-// breakTime is enough for a handler to end that waits for no client.
-const breakTime = time.Second
-
-// waitForStreams waits until no request and no tunnel is under way. Shutdown does
-// not know of tunnels. It looks now and then, as Shutdown does.
-func (s *service) waitForStreams() {
-	for s.forwarder.streams.Load() > 0 {
-		time.Sleep(10 * time.Millisecond)
 	}
 }
 
