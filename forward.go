@@ -216,7 +216,7 @@ type forwarder struct {
 	transport *http.Transport
 	bodyTime  time.Duration // for a small body to arrive
 	endTime   time.Duration // for one direction of a tunnel to end after the other
-	streams   atomic.Int64  // requests and tunnels under way, as the log calls them
+	streams   atomic.Int64  // requests and tunnels under way; the log calls both streams
 }
 
 func newForwarder(to targets, key string, tokens *tokenSource, hidden *secrets) *forwarder {
@@ -355,8 +355,9 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// safeTarget is a request target for the log: without credentials, and not at
-// all if a secret is in it once it is decoded.
+// safeTarget is a request target for the log, without credentials. An escaped
+// secret cannot be found in it and redacted, so a target that has one once it is
+// decoded is not shown at all, and neither is one that cannot be decoded.
 func (f *forwarder) safeTarget(target string) string {
 	if !strings.HasPrefix(target, "/") {
 		return "(no path)" // it may be a URL with a password
@@ -366,15 +367,13 @@ func (f *forwarder) safeTarget(target string) string {
 	if hasQuery {
 		text += "?" + cutCredentials(query)
 	}
-	decoded, err := url.PathUnescape(text)
-	if err != nil { // in the query, as the server refuses a wrong escape in a path
-		text = path + "?(malformed)"
-		decoded, _ = url.PathUnescape(text)
-	}
-	spaced, _ := url.QueryUnescape(text) // a + stands for a space here
-	// A secret that is not escaped is redacted by safe, below.
-	for _, plain := range []string{decoded, spaced} {
-		if plain != text && f.secrets.redact(plain) != plain {
+	// The two differ in what a + is: itself, or a space.
+	for _, decode := range []func(string) (string, error){url.PathUnescape, url.QueryUnescape} {
+		decoded, err := decode(text)
+		if err != nil {
+			return "(malformed)"
+		}
+		if decoded != text && f.secrets.redact(decoded) != decoded {
 			return "REDACTED"
 		}
 	}

@@ -3071,8 +3071,8 @@ func TestEarlyAnswerReachesAClientThatSendsFirst(t *testing.T) {
 	})
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
 	const size = 16 << 20
-	conn, r := p.dial(t, fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n\r\n",
-		size))
+	head := fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n\r\n", size)
+	conn, r := p.dial(t, head)
 	if _, err := io.CopyN(conn, zeros{}, size); err != nil {
 		t.Fatalf("the upload was broken off: %v", err)
 	}
