@@ -396,6 +396,13 @@ func (u *recorder) only(t *testing.T) (*http.Request, string) {
 	return u.seen[0], u.body[0]
 }
 
+// count returns how many requests the upstream got.
+func (u *recorder) count() int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return len(u.seen)
+}
+
 // startRecorded starts a proxy in front of a recorder.
 func startRecorded(t *testing.T, env vars) (*testProxy, *recorder) {
 	t.Helper()
@@ -2545,8 +2552,8 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 			}
 		})
 	}
-	if len(upstream.seen) > 0 {
-		t.Errorf("upstream got %d requests, want none", len(upstream.seen))
+	if n := upstream.count(); n > 0 {
+		t.Errorf("upstream got %d requests, want none", n)
 	}
 }
 
@@ -2805,9 +2812,9 @@ func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
 	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
 	got, err := io.ReadAll(r)
 	if !strings.HasPrefix(string(got), "HTTP/1.1 408 ") || errors.Is(err, os.ErrDeadlineExceeded) ||
-		strings.Contains(string(got), "X-Should-Retry") || len(upstream.seen) > 0 {
+		strings.Contains(string(got), "X-Should-Retry") || upstream.count() > 0 {
 		t.Errorf("got %q, %v and %d requests upstream; want 408 and the connection closed", got,
-			err, len(upstream.seen))
+			err, upstream.count())
 	}
 }
 
