@@ -244,6 +244,15 @@ func (p *testProxy) start(t testing.TB) {
 		p.signals <- syscall.SIGTERM // drain
 		p.signals <- syscall.SIGTERM // at once
 		<-p.stopped
+		// Its handlers end soon after, and must not log in the next test.
+		deadline := time.Now().Add(safetyNet)
+		for p.forwarder.streams.Load() > 0 {
+			if time.Now().After(deadline) {
+				t.Error("a request outlives the program")
+				break
+			}
+			runtime.Gosched()
+		}
 		p.forwarder.transport.CloseIdleConnections()
 	})
 }

@@ -357,13 +357,13 @@ func TestRefreshNeedsNoRequest(t *testing.T) {
 	f := newFakeIdentity(t)
 	e, _ := newTestEndpoint(t, f, imdsEnv, "")
 	e.now = time.Now
-	tokens := runTokens(t, e.fetch, time.Now)
 	asked := make(chan bool, 9)
 	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
 		n := f.fetches.Load()
 		fmt.Fprintf(w, `{"access_token":"token-%d","expires_in":3600,"refresh_in":%d}`, n, n*n*n)
 		asked <- true
 	})
+	tokens := runTokens(t, e.fetch, time.Now)
 	wantToken(t, tokens, "token-1")
 	<-asked
 	select {
