@@ -505,6 +505,19 @@ func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
 	}
 }
 
+// untilClosed uses a tunnel until it is closed, which the end of a drain begins and does not wait
+// for.
+func untilClosed(t testing.TB, echo func() error) {
+	t.Helper()
+	var err error
+	for err == nil {
+		err = echo()
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the tunnel is still open: %v", err)
+	}
+}
+
 const webSocketHead = "Host: {host}\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
 	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
@@ -1596,13 +1609,7 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 				if rest, err := io.ReadAll(stream); err == nil {
 					t.Errorf("the cut stream ended as if it were whole, with %q", rest)
 				}
-				var err error
-				for err == nil { // the tunnel ends a little later
-					err = echo()
-				}
-				if errors.Is(err, os.ErrDeadlineExceeded) {
-					t.Errorf("the tunnel is still open: %v", err)
-				}
+				untilClosed(t, echo)
 			} else {
 				close(release)
 				if rest, err := io.ReadAll(stream); err != nil || string(rest) != "data: 2\n\n" {
@@ -1655,9 +1662,7 @@ func TestDrainEndsWhatRunsTooLong(t *testing.T) {
 	if rest, err := io.ReadAll(stream); err == nil {
 		t.Errorf("the stream ended as if it were whole, with %q", rest)
 	}
-	if err := echo(); err == nil {
-		t.Error("the tunnel is still open")
-	}
+	untilClosed(t, echo)
 }
 
 // TestDrainDelayGoesOnAccepting, and tells balancers and clients that it is ending.
