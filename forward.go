@@ -49,8 +49,8 @@ var forwardedHeaders = nameSet(
 	"X-Ms-Client-Request-Id", "X-Ms-Return-Client-Request-Id", "X-Ms-Useragent",
 
 	// What codex says of itself and of its session, in old and new spelling (its
-	// source, codex-rs). Its attestation proves to OpenAI that it is a genuine
-	// codex, and opens nothing here.
+	// source, codex-rs). Its attestation, which proves to OpenAI that it is a genuine
+	// codex, is no credential: the service may want to see it, as it would directly.
 	"Originator", "Version", "Session_id", "Session-Id", "Conversation_id", "Conversation-Id",
 	"Thread_id", "Thread-Id", "X-Oai-Attestation", "X-Responsesapi-Include-Timing-Metrics",
 
@@ -152,9 +152,9 @@ func nameSet(names ...string) map[string]bool {
 const lingerTime = time.Second
 
 // smallBody is the longest request body, in bytes, that is read before it is
-// sent. It leaves together with the head. The transport can also send it over
-// another connection, if an idle one turns out to be closed before a byte was
-// written. After that a POST is never sent again.
+// sent. The transport can send it over another connection, if an idle one turns
+// out to be closed before a byte was written. After that a POST is never sent
+// again.
 const smallBody = 256 << 10
 
 // writeBuffer is the size of an upstream connection's buffer for writing, in
@@ -314,9 +314,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.tokens.rejected(t)
 	}
 	if small != nil && resp.StatusCode < 400 {
-		// RoundTrip, which alone may send it again, has returned; a reader that is
-		// not at its end keeps the rest. The body of a refused request stays, as
-		// deploymentName looks for the model in it.
+		// See heldBody. The body of a refused request stays, as deploymentName looks
+		// for the model in it.
 		small.text = nil
 	}
 
@@ -416,7 +415,9 @@ func (f *forwarder) checkCaller(r *http.Request, upgrade bool) *apiError {
 func mayBeWebPage(r *http.Request) bool {
 	// A page can have its own host name point to a loopback address (DNS
 	// rebinding). It is then of the same origin as the proxy, and its GET has
-	// neither of the headers below, but that name is in Host.
+	// neither of the headers below, but that name is in Host. On another address the
+	// proxy may have any name. There, without a key, whoever reaches it may use it,
+	// as the log warns.
 	host := (&url.URL{Host: r.Host}).Hostname() // without its port
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
 	if ok && local.IP.IsLoopback() && !isLoopback(host) {
@@ -540,8 +541,9 @@ func (f *forwarder) upstreamRequest(w http.ResponseWriter, r *http.Request, upgr
 }
 
 // heldBody is a small body. A prompt may have 200 KiB and its answer go on for
-// minutes, so it is held for no longer than it may have to be sent again, which
-// is until the answer begins.
+// minutes, so ServeHTTP lets go of it when the answer begins: RoundTrip has
+// returned then, which alone may send it again. A reader that is not at its end
+// keeps the rest.
 type heldBody struct{ text []byte }
 
 // reader makes a reader of the body for the transport, as its GetBody.
@@ -737,8 +739,8 @@ func (u *upload) take(w http.ResponseWriter, deadline time.Time) {
 // that failure even if the answer has just come. The hook holds the failure back,
 // so that the answer can be read first: WroteRequest is called with a failed
 // write's error before RoundTrip can see it (a deferred call in Request.write of
-// net/http). That is not documented; if it changed, a test of early answers would
-// fail.
+// net/http). That is not documented, but a test of early answers would fail if it
+// changed. It passes with Go 1.22 to 1.27.
 func (u *upload) withEarlyAnswer(req *http.Request) *http.Request {
 	ctx := req.Context()
 	return req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
@@ -961,7 +963,8 @@ func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Re
 
 // copyToEnd copies from src to dst until src ends, and then half-closes dst:
 // nothing more is sent to it, but it can still be read. The upstream's
-// connection offers that from Go 1.24 on.
+// connection offers that from Go 1.24 on. With an older Go the upstream hears of
+// the client's end when f.endTime has passed.
 func copyToEnd(dst io.Writer, src io.Reader) (copied int64) {
 	copied, _ = io.Copy(dst, src)
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
@@ -1089,8 +1092,11 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 {
 		w.Header().Set("Connection", "close")
 	}
-	if e.status == http.StatusUnauthorized {
+	switch e.status { // both headers are a must (RFC 9110 §15.5.2 and §15.5.6)
+	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer")
+	case http.StatusMethodNotAllowed:
+		w.Header().Set("Allow", "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
 	}
 	// The SDKs of OpenAI and Anthropic heed this header (shouldRetry in client.ts).
 	// Without it Claude Code repeats a request with a wrong key for minutes, and
@@ -1104,7 +1110,9 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Nobody wants the body. Left alone, the server would read it.
+	// Nobody wants the body. Left alone, the server would read it. If it is a small
+	// one, it may have been read already. To close the connection all the same
+	// costs the client a new one, which is little beside the failure.
 	controller := http.NewResponseController(w)
 	controller.Flush()
 	if client, _, err := controller.Hijack(); err == nil {

@@ -2159,11 +2159,11 @@ func TestCheckTellsWhatIsWrong(t *testing.T) {
 				object + " ", `--role "Cognitive Services OpenAI User"`}},
 		{"role for Claude missing", upstream.URL + "/anthropic/", token,
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Cognitive Services User", role + object,
+				" lacks the role Cognitive Services User", role + object, "${resource:?",
 				`--role "Cognitive Services User"`}},
 		{"role for Foundry's models missing", upstream.URL + "/models/", token,
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Cognitive Services User", role + object,
+				" lacks the role Cognitive Services User", role + object, "${resource:?",
 				`--role "Cognitive Services User"`}},
 		{"role for a project missing", upstream.URL + "/api/projects/p/openai/v1/", token,
 			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
@@ -2563,6 +2563,9 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 			resp, body := p.do(t, tt.line+" HTTP/1.1\r\nHost: {host}\r\napi-key: sesame\r\n\r\n")
 			if resp.StatusCode != tt.status || !strings.HasPrefix(body, `{"error":{"message":`) {
 				t.Errorf("got %d %s, want %d", resp.StatusCode, body, tt.status)
+			}
+			if allow := resp.Header.Get("Allow"); (allow != "") != (tt.status == 405) {
+				t.Errorf("got Allow: %q with %d", allow, resp.StatusCode)
 			}
 		})
 	}

@@ -166,7 +166,7 @@ func (s *tokenSource) current(ctx context.Context) (token, error) {
 		if held.validAt(now) {
 			return held, nil
 		}
-		if !due {
+		if !due { // it is the pause after a failure
 			return token{}, &noTokenError{failure, pause}
 		}
 		select {
@@ -229,7 +229,7 @@ func (s *tokenSource) untilDue() time.Duration {
 	defer s.mu.Unlock()
 	now := s.now()
 	if !s.held.validAt(now) {
-		return unaskedPause
+		return unaskedPause // a request or /readyz asks sooner
 	}
 	return max(until(s.held.refresh, now), until(s.pausedUntil, now), time.Second)
 }
@@ -321,7 +321,7 @@ func (s *tokenSource) rejected(t token) {
 // The platforms' endpoints are on the host itself or on its own link: a
 // loopback address, IMDS at the link-local 169.254.169.254, or another that the
 // platform's variable names. They speak plain HTTP. Entra ID, which workload
-// identity asks, is spoken to over TLS only.
+// identity asks, is spoken to over TLS, unless it is on a loopback address.
 type endpoint struct {
 	name         string   // "IMDS"
 	why          string   // it was chosen: "marked by MSI_ENDPOINT"
@@ -351,8 +351,8 @@ func (e *endpoint) String() string { return e.address() + ", " + e.why }
 
 func (e *endpoint) address() string { return e.name + " at " + e.url.Host }
 
-// arcFiles are where Azure Arc's agent keeps its files. Its directories can be
-// written to by root, or an administrator, only.
+// arcFiles are where Azure Arc's agent keeps its files. Nobody can write there but
+// the agent, whose user is himds, and root or an administrator.
 type arcFiles struct {
 	agent string // the file that exists where the agent is installed
 	keys  string // the directory of the keys for its challenges
@@ -411,7 +411,7 @@ func newEndpoint(getenv func(string) string, scope string, arc arcFiles,
 		}
 	}
 	e := &endpoint{
-		resource:     strings.TrimSuffix(scope, "/.default"),
+		resource:     strings.TrimSuffix(scope, "/.default"), // a scope may be without it
 		clientID:     getenv("AZURE_CLIENT_ID"),
 		clientIDFrom: "AZURE_CLIENT_ID",
 		debug:        isDebug(getenv),
@@ -657,8 +657,8 @@ func readKey(challenge, dir string) (string, error) {
 	if !ok || file != filepath.Join(dir, filepath.Base(file)) || filepath.Ext(file) != ".key" {
 		return "", fmt.Errorf("it does not name a .key file in %s", dir)
 	}
-	// Nobody but root can exchange the file in between. An error of Lstat comes up
-	// again with ReadFile.
+	// Nobody but the agent and root can exchange the file in between. An error of
+	// Lstat comes up again with ReadFile.
 	info, err := os.Lstat(file)
 	if err == nil && (!info.Mode().IsRegular() || info.Size() > 4096) {
 		return "", fmt.Errorf("%s is not a regular file of 4096 bytes at most", file)
@@ -717,7 +717,7 @@ func (e *endpoint) fetch(ctx context.Context) (token, error) {
 		t, err := e.try(ctx)
 		var failed *fetchError
 		if !errors.As(err, &failed) || !failed.retry {
-			return t, err
+			return t, err // a success, or a failure that will last
 		}
 		// Jitter of ±20 % keeps many hosts from asking in step.
 		jittered := time.Duration(float64(pause) * (0.8 + 0.4*rand.Float64()))
@@ -1061,7 +1061,7 @@ func (s *secrets) hide(kind, value string) {
 
 // safe makes a text fit to be shown. Whatever comes from the upstream, the
 // identity endpoint or a client passes here before it gets into the log, the
-// output of -check or an answer. It is cut last, because redact could not find
+// output of -check or an answer of the proxy's own. It is cut last, because redact could not find
 // the half of a secret that a cut leaves.
 func (s *secrets) safe(text string, limit int) string {
 	text = printable(s.redact(text))

@@ -12,10 +12,11 @@
 // Its inputs are environment variables, which the tables below list and
 // aoai-proxy -h prints; a .env file in the working directory, for settings that
 // the environment leaves out; and the token or key file of the platform, where
-// that has one. Its outputs are answers to clients and the log on stderr. It
-// writes no file, starts no process and, name lookups aside, speaks to two
-// places only: the identity endpoint, and TARGET_URL's host. HTTPS_PROXY, if it
-// is set, is on the way to the latter and, with workload identity, to Entra ID.
+// that has one. (Go's runtime heeds a few more variables, such as GOGC and TZ.)
+// Its outputs are answers to clients and the log on stderr. It writes no file,
+// starts no process and, name lookups aside, speaks to two places only: the
+// identity endpoint, and TARGET_URL's host. HTTPS_PROXY, if it is set, is on the
+// way to the latter and, with workload identity, to Entra ID.
 // As a service it tells systemd, on this host, when it is ready and when it stops.
 //
 // There are three files: main.go has the inputs, the start, the stop and
@@ -56,8 +57,8 @@ type variable struct {
 
 // settings are the operator's. They may be in a .env file too: whoever starts
 // the program in a directory trusts the .env there with where requests go, with
-// which identity of this host, and who may send them. All of that is in the
-// first lines of the log, and so is what was taken from the file.
+// which identity of this host, and who may send them. The first lines of the log
+// name what was taken from the file, and show where requests go.
 var settings = []variable{
 	{"TARGET_URL", "required; base URL of the resource, /openai/ included:\n" +
 		"https://my-aoai.openai.azure.com/openai/\n" +
@@ -114,8 +115,9 @@ var platformVariables = []variable{
 
 // tlsDefaults are the defaults of a program for today's Go. go.mod says "go
 // 1.22", so that Go 1.22 can build this one. The price is that a newer Go keeps
-// to the defaults of 1.22, and so the newer ones are set here, each with the Go
-// version that made it the default. An older Go ignores what it does not know.
+// to the defaults of 1.22. So the newer ones that bear on how a client uses TLS
+// and verifies certificates are set here, up to Go 1.27, each with the Go version
+// that made it the default. An older Go ignores what it does not know.
 // They are described in "Go, Backwards Compatibility, and GODEBUG". Tests see in
 // handshakes that Go heeds these names although they are set at run time, and that
 // of two values of one the last counts.
@@ -141,7 +143,8 @@ func init() {
 
 // exitConfig is the exit status for settings that have to be changed before the
 // program can start: EX_CONFIG of sysexits.h. deploy/aoai-proxy.service has
-// systemd not try again then.
+// systemd not try again then. With -check, a wrong setting is a step that failed,
+// as others are, and the status is 1.
 const exitConfig = 78
 
 // configError is a wrong setting. Any other error ends the program with status 1.
@@ -442,8 +445,9 @@ func loadConfig(getenv func(string) string) (*config, error) {
 const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/openai/"
 
 // parseTargets parses TARGET_URL. If it has several base URLs, the token of one
-// resource is for all of them. A request chooses one by the end of its path, the
-// last segment at least, as upstreamURL says; so that has to be unique.
+// resource is for all of them. A request is for the one that ends in what the
+// request's path begins with, as upstreamURL says. That is one segment at least,
+// so the last segment of each has to be unique.
 func parseTargets(value string) (targets, error) {
 	fields := strings.Fields(value)
 	if len(fields) == 0 {
@@ -464,7 +468,8 @@ func parseTargets(value string) (targets, error) {
 			return nil, fmt.Errorf("%s and %s differ in scheme or host; "+
 				"want base URLs of one resource", first, u)
 		}
-		// Nothing would choose one without a name, and nearly every request v1.
+		// No request would be for one without a name, and nearly every request would
+		// be for one that is named v1.
 		if i > 0 && (name == "" || name == "v1") {
 			return nil, fmt.Errorf("%s is not the first and has no name to choose it by; "+
 				"want one that ends in /anthropic/, for example", u)
@@ -648,7 +653,8 @@ func newService(cfg *config) *service {
 func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	// The server ignores the Transfer-Encoding of an HTTP/1.0 request
 	// (golang/go#12785) and would take its body for the next request. RFC 9112
-	// §6.1 wants such a connection closed.
+	// §6.1 wants such a connection closed. While the program stops, a client's
+	// next request is to come over a new connection, to another replica.
 	if !r.ProtoAtLeast(1, 1) || s.stopping.Load() {
 		w.Header().Set("Connection", "close")
 	}
@@ -679,8 +685,9 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 
 // serve answers requests until a signal arrives. For DRAIN_DELAY it goes on, as a
 // balancer may not know yet that this replica is to be left out. Then it drains. A
-// second signal ends that early. What still runs then is broken off, by the end of
-// its connection or of ctx, which every request's context stems from.
+// second signal ends the delay and the drain at once. What still runs after that
+// is broken off, by the end of its connection or of ctx, which every request's
+// context stems from.
 func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -823,7 +830,7 @@ type finding struct {
 }
 
 // check tries what the proxy needs, one step after the other, and says what is
-// wrong and what to do. It sends a request for a token and one request to the
+// wrong and what to do. It fetches a token and sends one request per target to the
 // upstream, which uses no model. cfg and problem are what loadConfig returned,
 // and envLines what there is to say of .env.
 func check(cfg *config, problem error, envLines []string, stdout io.Writer, colour bool) error {
@@ -1026,6 +1033,8 @@ func (f *forwarder) whatToDo(target *url.URL, plain []byte, hint string) []strin
 
 // roleCommand gives the identity a role on the resource whose host this is. It is
 // for pasting into a shell, so object and host must look like what they should be.
+// If the first command finds no resource, ":?" keeps the shell from the second,
+// which might otherwise give the role for more than the resource.
 func roleCommand(role, object, host string) []string {
 	resource, _, _ := strings.Cut(host, ".")
 	const plain = letters + digits + "-"
@@ -1034,10 +1043,11 @@ func roleCommand(role, object, host string) []string {
 		return nil
 	}
 	return []string{
+		`resource="$(az cognitiveservices account list --output tsv \`,
+		`  --query "[?properties.customSubDomainName=='` + resource + `'].id")"`,
 		`az role assignment create --assignee-object-id ` + object + ` \`,
 		`  --assignee-principal-type ServicePrincipal --role "` + role + `" \`,
-		`  --scope "$(az cognitiveservices account list \`,
-		`  --query "[?properties.customSubDomainName=='` + resource + `'].id" --output tsv)"`,
+		`  --scope "${resource:?not found}"`,
 	}
 }
 
