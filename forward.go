@@ -269,8 +269,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Build the upstream request. A small body is read for it, so that no token
-	// is fetched for a request that never comes.
+	// Build the upstream request. A small body is read for it, which may take
+	// f.bodyTime. The token comes after that, so that it is valid when it is sent.
 	req, small, err := f.upstreamRequest(w, r, upgrade)
 	if err != nil {
 		_, reason := explainFailure(err)
@@ -587,9 +587,9 @@ func (f *forwarder) readBody(w http.ResponseWriter, r *http.Request) ([]byte, er
 
 // upstreamURL is where a request for path goes: a target's path, then path. What
 // the end of the one and the beginning of the other share counts once, as many
-// clients add /openai by themselves. The target is the one that shares something
-// with path, or else the first. Slashes in front of path, from a client's base URL
-// that ends in one, are dropped (the third line below).
+// clients add /openai by themselves. The target is the first that shares something
+// with path, or else the first of all. Slashes in front of path, from a client's
+// base URL that ends in one, are dropped (the third line below).
 //
 //	targets                    path                   goes to
 //	…/openai/                  /v1/responses          /openai/v1/responses
@@ -678,7 +678,8 @@ func cutCredentials(query string) string {
 	isCredential := func(param string) bool {
 		name, _, _ := strings.Cut(param, "=")
 		name, _ = url.QueryUnescape(name) // empty for a wrong escape
-		name = strings.Trim(name, "? \t\r\n\x00")
+		name, _, _ = strings.Cut(strings.TrimLeft(name, "? \t\r\n\x00"), "\x00")
+		name = strings.TrimRight(name, "? \t\r\n")
 		return credentialParams[strings.ToLower(name)]
 	}
 	var kept []string

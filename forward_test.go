@@ -859,6 +859,8 @@ func TestBadSettingsAreOneLine(t *testing.T) {
 			"HOST": "127.0.0.1", "EXPECTED_KEY": "s3cret"}, "", port},
 		{"unknown flag", "", vars{"TARGET_URL": target}, "-port=1", "-port"},
 		{"argument", "", vars{"TARGET_URL": target}, "check", `unexpected argument "check"`},
+		{"malformed .env checked", "EXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "-check",
+			"settings failed the check"},
 		{"bad port checked", "", vars{"TARGET_URL": target, "PORT": "x"}, "-check",
 			"settings failed the check"},
 	}
@@ -2714,6 +2716,7 @@ func TestCredentialsAreCutFromTheQuery(t *testing.T) {
 		{"after a semicolon", "a=1;api-key=K&b=%20", "a=1&b=%20"},
 		{"any case", "a=1&API-Key=K", "a=1"},
 		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
+		{"name that goes on after a NUL", "a=1&%00api-key+%00x=K", "a=1"},
 		{"name in white space", "a=1&+api-key%20=K", "a=1"},
 		{"second question mark", "?api-key=K&a=1", "a=1"},
 		{"of other services", "api_key=K&access_token=K&Ocp-Apim-Subscription-Key=K&a=1", "a=1"},
@@ -4218,7 +4221,7 @@ func TestMistakesInAPathAreNamed(t *testing.T) {
 	}
 }
 
-// TestRefusalIsExplainedToTheEnd, even if the client has read it and left before the log is written.
+// TestRefusalIsExplainedToTheEnd, even if the client has left before the log is written.
 func TestRefusalIsExplainedToTheEnd(t *testing.T) {
 	logged := followLog(t)
 	ctx, leave := context.WithCancel(context.Background())

@@ -152,8 +152,9 @@ func (e *noTokenError) Error() string { return e.cause.Error() }
 // wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) current(ctx context.Context) (token, error) {
 	for {
-		// turn is read together with due. If that is true, the fetch's outcome has
-		// not been published, and the turn ends after that: its end is not missed.
+		// turn is read together with due. If due is true, the fetch's outcome has not
+		// been published, and run closes this turn only after it is: whoever waits for
+		// that cannot miss it.
 		s.mu.Lock()
 		now := s.now()
 		held, failure, turn, due := s.held, s.failure, s.turn, s.isDue(now)
@@ -670,7 +671,7 @@ func readKey(challenge, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	text := strings.TrimRight(string(key), "\r\n") // an editor may have added a line break
+	text := strings.TrimRight(string(key), "\r\n") // a line break at its end is none of it
 	if !isPrintableASCII(text) {
 		return "", fmt.Errorf("%s has bytes that a header cannot carry", file)
 	}

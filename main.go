@@ -189,11 +189,11 @@ func run(args []string, stdout io.Writer) error {
 	// any more.
 	signal.Ignore(syscall.SIGPIPE)
 
+	var cfg *config
 	getenv, envLines, err := readDotEnv(".env", os.Getenv)
-	if err != nil {
-		return configError{err}
+	if err == nil {
+		cfg, err = loadConfig(getenv)
 	}
-	cfg, err := loadConfig(getenv)
 	if *checkOnly {
 		colour := isTerminal(stdout) && os.Getenv("NO_COLOR") == ""
 		return check(cfg, err, envLines, stdout, colour)
@@ -447,7 +447,7 @@ const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/ope
 // parseTargets parses TARGET_URL. If it has several base URLs, the token of one
 // resource is for all of them. A request is for the one that ends in what the
 // request's path begins with, as upstreamURL says. That is one segment at least,
-// so the last segment of each has to be unique.
+// so two with the same last segment could not be told apart.
 func parseTargets(value string) (targets, error) {
 	fields := strings.Fields(value)
 	if len(fields) == 0 {
@@ -831,8 +831,9 @@ type finding struct {
 
 // check tries what the proxy needs, one step after the other, and says what is
 // wrong and what to do. It fetches a token and sends one request per target to the
-// upstream, which uses no model. cfg and problem are what loadConfig returned,
-// and envLines what there is to say of .env.
+// upstream, which uses no model. problem is what is wrong with .env or the
+// settings; cfg is what loadConfig returned, if there is no problem. envLines are
+// what there is to say of .env.
 func check(cfg *config, problem error, envLines []string, stdout io.Writer, colour bool) error {
 	hidden := &secrets{}
 	if problem == nil {
@@ -977,7 +978,9 @@ func (f *forwarder) ask(req *http.Request) (*http.Response, []byte, error) {
 
 // checkRequest asks for something that only a right URL, token and role get:
 // the list of models. Claude has no such list, but refuses an empty JSON object
-// as a message, with an error of its own.
+// as a message, with an error of its own. Of a project below /api/projects/, its
+// /openai/v1/ has the list; for other base URLs there the answer is a 404, which
+// -check takes for a mistake.
 func checkRequest(target *url.URL) *http.Request {
 	header := http.Header{"User-Agent": {"aoai-proxy"}}
 	if strings.Contains(target.Path, "/anthropic/") {
