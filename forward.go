@@ -675,11 +675,12 @@ func isForwarded(name string) bool {
 // at a semicolon too, decode names, ignore case, drop a second question mark,
 // trim white space, or end a name at a NUL.
 func cutCredentials(query string) string {
+	const ignored = "? \t\r\n\x00" // around a name
 	isCredential := func(param string) bool {
 		name, _, _ := strings.Cut(param, "=")
 		name, _ = url.QueryUnescape(name) // empty for a wrong escape
-		name, _, _ = strings.Cut(strings.TrimLeft(name, "? \t\r\n\x00"), "\x00")
-		name = strings.TrimRight(name, "? \t\r\n")
+		name, _, _ = strings.Cut(strings.TrimLeft(name, ignored), "\x00")
+		name = strings.TrimRight(name, ignored)
 		return credentialParams[strings.ToLower(name)]
 	}
 	var kept []string

@@ -505,8 +505,7 @@ func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
 	}
 }
 
-// untilClosed uses a tunnel until it is closed, which the end of a drain begins and does not wait
-// for.
+// untilClosed uses a tunnel until it is closed. The end of a drain does not wait for that.
 func untilClosed(t testing.TB, echo func() error) {
 	t.Helper()
 	var err error

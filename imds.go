@@ -671,7 +671,7 @@ func readKey(challenge, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	text := strings.TrimRight(string(key), "\r\n") // a line break at its end is none of it
+	text := strings.TrimRight(string(key), "\r\n") // a line break is no part of the key
 	if !isPrintableASCII(text) {
 		return "", fmt.Errorf("%s has bytes that a header cannot carry", file)
 	}
@@ -1062,8 +1062,8 @@ func (s *secrets) hide(kind, value string) {
 
 // safe makes a text fit to be shown. Whatever comes from the upstream, the
 // identity endpoint or a client passes here before it gets into the log, the
-// output of -check or an answer of the proxy's own. It is cut last, because redact could not find
-// the half of a secret that a cut leaves.
+// output of -check or an answer of the proxy's own. It is cut last, because redact
+// could not find the half of a secret that a cut leaves.
 func (s *secrets) safe(text string, limit int) string {
 	text = printable(s.redact(text))
 	if len(text) <= limit {

@@ -978,9 +978,9 @@ func (f *forwarder) ask(req *http.Request) (*http.Response, []byte, error) {
 
 // checkRequest asks for something that only a right URL, token and role get:
 // the list of models. Claude has no such list, but refuses an empty JSON object
-// as a message, with an error of its own. Of a project below /api/projects/, its
-// /openai/v1/ has the list; for other base URLs there the answer is a 404, which
-// -check takes for a mistake.
+// as a message, with an error of its own. A project's /openai/v1/ has the list.
+// Whether another base URL below /api/projects/ has it is not known here, and for
+// one without it -check's FAIL is wrong.
 func checkRequest(target *url.URL) *http.Request {
 	header := http.Header{"User-Agent": {"aoai-proxy"}}
 	if strings.Contains(target.Path, "/anthropic/") {
