@@ -185,21 +185,22 @@ func lastSegment(u *url.URL) string {
 	return segments[len(segments)-1]
 }
 
-// clientURL is the base URL, without /v1, that a client of the proxy at base
-// needs for the target i: "http://localhost:8081/anthropic".
-func (t targets) clientURL(i int, base string) string {
+// clientURL is the base URL, without /v1, that a client needs for the target i:
+// "http://localhost:8081/anthropic". ownURL is where the client reaches the proxy:
+// "http://localhost:8081".
+func (t targets) clientURL(i int, ownURL string) string {
 	if i == 0 {
-		return base
+		return ownURL
 	}
-	return base + "/" + lastSegment(t[i])
+	return ownURL + "/" + lastSegment(t[i])
 }
 
-// baseURL is the base URL, without /v1, that a client of an API needs: "openai" or
-// "anthropic". It is empty if no target has that in its path.
-func (t targets) baseURL(api, base string) string {
+// clientURLFor is the clientURL for an API, "openai" or "anthropic". It is empty if
+// no target has that in its path.
+func (t targets) clientURLFor(api, ownURL string) string {
 	for i, u := range t {
 		if strings.Contains(u.Path, "/"+api+"/") {
-			return t.clientURL(i, base)
+			return t.clientURL(i, ownURL)
 		}
 	}
 	return ""
@@ -337,8 +338,8 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	f.logAnswer(r, resp, start, waited, sent, received, err)
 	if resp.StatusCode >= 400 {
-		base := "http://" + cmp.Or(r.Host, "HOST:PORT") // as this client calls the proxy
-		text, hint, _ := f.explain(req, resp, beginning, base, t)
+		ownURL := "http://" + cmp.Or(r.Host, "HOST:PORT") // as this client calls the proxy
+		text, hint, _ := f.explain(req, resp, beginning, ownURL, t)
 		f.logProblem(r, req, resp, start, withHint(text, hint))
 	}
 	if err != nil {
@@ -1092,6 +1093,8 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	if r.ContentLength != 0 {
+		// With this the server does not read the body before it writes the head, as it
+		// would to keep the connection.
 		w.Header().Set("Connection", "close")
 	}
 	switch e.status { // both headers are a must (RFC 9110 §15.5.2 and §15.5.6)
@@ -1112,9 +1115,9 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Nobody wants the body. Left alone, the server would read it. If it is a small
-	// one, it may have been read already. To close the connection all the same
-	// costs the client a new one, which is little beside the failure.
+	// Nobody wants the body. What still comes of it is dropped, as the table above
+	// says. A small one may have been read already. To close the connection all the
+	// same costs the client a new one, which is little beside the failure.
 	controller := http.NewResponseController(w)
 	controller.Flush()
 	if client, _, err := controller.Hijack(); err == nil {
@@ -1194,10 +1197,9 @@ func (f *forwarder) isProxied() bool {
 }
 
 // explain says how req was answered and, of a refusal, what to do about it. role
-// is what the identity lacks, if that is it. base is where the client reaches the
-// proxy: "http://localhost:8081".
+// is what the identity lacks, if that is it. ownURL is as in clientURL.
 func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []byte,
-	base string, t token) (text, hint, role string) {
+	ownURL string, t token) (text, hint, role string) {
 	plain, canRead := unpacked(beginning, resp.Header.Get("Content-Encoding"))
 	text = "answered " + statusText(resp.StatusCode)
 	if code := errorCode(plain); code != "" && code != strconv.Itoa(resp.StatusCode) {
@@ -1206,7 +1208,7 @@ func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []
 	if after := resp.Header.Get("Retry-After"); after != "" {
 		text += "; Retry-After: " + f.secrets.safe(after, maxPiece)
 	}
-	hint, role = f.remedy(req, resp.StatusCode, string(plain), base, t)
+	hint, role = f.remedy(req, resp.StatusCode, string(plain), ownURL, t)
 	if !canRead && resp.StatusCode != http.StatusTooManyRequests { // 429 says it all
 		hint = "the body, which says why, is compressed in a way that cannot be read here"
 	}
@@ -1285,9 +1287,9 @@ func roleFor(path string) string {
 }
 
 // remedy says what to do about a usual refusal of req with the token t, and which
-// role the identity lacks, if that is it. body is what the service says, and base
-// is as in explain.
-func (f *forwarder) remedy(req *http.Request, status int, body, base string, t token) (
+// role the identity lacks, if that is it. body is what the service says, and ownURL
+// is as in clientURL.
+func (f *forwarder) remedy(req *http.Request, status int, body, ownURL string, t token) (
 	hint, role string) {
 	body = strings.ToLower(body)
 	says := func(text string) bool { return strings.Contains(body, text) }
@@ -1330,7 +1332,7 @@ func (f *forwarder) remedy(req *http.Request, status int, body, base string, t t
 		hint = "there is no deployment " + cmp.Or(f.deploymentName(req), "of this name") +
 			" in the resource: look up its name there (a new one takes minutes to work)"
 	case notFound:
-		hint = cmp.Or(f.pathMistake(req.URL, base),
+		hint = cmp.Or(f.pathMistake(req.URL, ownURL),
 			"there is no such path: check TARGET_URL and the client's base URL")
 	case status == http.StatusTooManyRequests:
 		hint = "too many requests or tokens for the deployment's quota"
@@ -1365,9 +1367,9 @@ var operations = nameSet("audio", "batches", "chat", "completions", "embeddings"
 	"fine_tuning", "images", "messages", "models", "realtime", "responses", "vector_stores")
 
 // pathMistake names the usual mistakes that lead to a path which the service does
-// not have. It is empty for any other path, and for one of a gateway's own. base
-// is as in explain.
-func (f *forwarder) pathMistake(u *url.URL, base string) string {
+// not have. It is empty for any other path, and for one of a gateway's own. ownURL
+// is as in clientURL.
+func (f *forwarder) pathMistake(u *url.URL, ownURL string) string {
 	const openAI, claude = "openai", "anthropic"
 	// The path is prefix/api/v1/operation, where v1 may be missing.
 	segments := strings.Split(u.Opaque, "/")
@@ -1376,8 +1378,8 @@ func (f *forwarder) pathMistake(u *url.URL, base string) string {
 		return ""
 	}
 	api, rest := segments[i], strings.Join(segments[i+1:], "/")
-	own := f.targets.baseURL(api, base)
-	if own == "" {
+	clientURL := f.targets.clientURLFor(api, ownURL)
+	if clientURL == "" {
 		return ""
 	}
 	hasV1 := strings.HasPrefix(rest, "v1/")
@@ -1386,8 +1388,8 @@ func (f *forwarder) pathMistake(u *url.URL, base string) string {
 
 	// other is what to do for a client of the other API.
 	other := func(client, otherAPI, version string) string {
-		if itsURL := f.targets.baseURL(otherAPI, base); itsURL != "" {
-			return client + "'s base URL is " + itsURL + version
+		if otherURL := f.targets.clientURLFor(otherAPI, ownURL); otherURL != "" {
+			return client + "'s base URL is " + otherURL + version
 		}
 		return client + " needs a TARGET_URL that ends in /" + otherAPI +
 			"/, beside this one or in its place"
@@ -1401,14 +1403,14 @@ func (f *forwarder) pathMistake(u *url.URL, base string) string {
 		return other("GPT", openAI, "/v1")
 	case hasV1 && (operation == "v1" || operation == openAI || operation == "deployments"):
 		// /openai/v1/v1/responses, /openai/v1/deployments/D/chat/completions
-		return "the client adds this itself: leave /v1 out of its base URL, as in " + own +
-			", and out of TARGET_URL"
+		return "the client adds this itself: leave /v1 out of its base URL, as in " +
+			clientURL + ", and out of TARGET_URL"
 	case api == openAI && operation == "deployments" && !hasVersion:
 		// /openai/deployments/D/chat/completions
 		return "the query lacks api-version, for example ?api-version=2024-10-21"
 	case !hasV1 && operations[operation] && !hasVersion:
 		// /openai/chat/completions, /anthropic/messages
-		return "the client's base URL lacks /v1: give it " + own + "/v1"
+		return "the client's base URL lacks /v1: give it " + clientURL + "/v1"
 	}
 	return ""
 }

@@ -152,9 +152,9 @@ func (e *noTokenError) Error() string { return e.cause.Error() }
 // wait, but returns that failure. Its error is a *noTokenError, or that of ctx.
 func (s *tokenSource) current(ctx context.Context) (token, error) {
 	for {
-		// turn is read together with due. If due is true, the fetch's outcome has not
-		// been published, and run closes this turn only after it is: whoever waits for
-		// that cannot miss it.
+		// turn is read together with due. While due is true, run has yet to publish the
+		// outcome of a fetch, and it closes turn after that. So whoever waits for this
+		// turn to be closed cannot miss the outcome.
 		s.mu.Lock()
 		now := s.now()
 		held, failure, turn, due := s.held, s.failure, s.turn, s.isDue(now)

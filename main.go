@@ -943,7 +943,7 @@ func checkUpstream(cfg *config, t token) (found []finding, models []string) {
 			found = append(found, finding{step: "TLS", text: fmt.Sprintf("%s, certificate of %s",
 				tls.VersionName(resp.TLS.Version), resp.TLS.PeerCertificates[0].Subject)})
 		}
-		text, hint, role := f.explain(req, resp, body, cfg.clientBase(), t)
+		text, hint, role := f.explain(req, resp, body, cfg.ownURL(), t)
 		plain, _ := unpacked(body, resp.Header.Get("Content-Encoding"))
 		asked := req.Method + " " + req.URL.Scheme + "://" + req.URL.Host + req.URL.RequestURI()
 		one := finding{step: "upstream", text: asked + ": " + text}
@@ -1066,8 +1066,8 @@ func modelIDs(body []byte) (ids []string) {
 	return ids
 }
 
-// clientBase is where a client on this host reaches the proxy.
-func (c *config) clientBase() string {
+// ownURL is where a client on this host reaches the proxy.
+func (c *config) ownURL() string {
 	host, port := cmp.Or(c.host, "localhost"), c.port
 	if net.ParseIP(host).IsUnspecified() { // 0.0.0.0 and :: are every address
 		host = "localhost"
@@ -1082,13 +1082,13 @@ func (c *config) clientBase() string {
 func clientSettings(cfg *config, models []string) finding {
 	var lines []string
 	for i, u := range cfg.targets {
-		base := cfg.targets.clientURL(i, cfg.clientBase())
+		base := cfg.targets.clientURL(i, cfg.ownURL())
 		switch {
 		case strings.Contains(u.Path, "/anthropic/"):
 			lines = append(lines, "base URL for Claude: "+base)
 		case lastSegment(u) == "openai":
 			// A client of an Azure endpoint adds /openai/ itself.
-			lines = append(lines, "base URL: "+base+"/v1, or "+cfg.clientBase()+
+			lines = append(lines, "base URL: "+base+"/v1, or "+cfg.ownURL()+
 				" where the client asks for an Azure endpoint")
 		case strings.Contains(u.Path, "openai"):
 			lines = append(lines, "base URL: "+base+"/v1")
