@@ -1115,9 +1115,9 @@ func (e *apiError) write(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Nobody wants the body. What still comes of it is dropped, as the table above
-	// says. A small one may have been read already. To close the connection all the
-	// same costs the client a new one, which is little beside the failure.
+	// Nobody wants the body. What still comes of it is dropped, as the table of
+	// exchanges says. A small one may have been read already. To close the connection
+	// all the same costs the client a new one, which is little beside the failure.
 	controller := http.NewResponseController(w)
 	controller.Flush()
 	if client, _, err := controller.Hijack(); err == nil {

@@ -1080,20 +1080,21 @@ func (c *config) ownURL() string {
 
 // clientSettings is what to put into a client.
 func clientSettings(cfg *config, models []string) finding {
+	ownURL := cfg.ownURL()
 	var lines []string
 	for i, u := range cfg.targets {
-		base := cfg.targets.clientURL(i, cfg.ownURL())
+		clientURL := cfg.targets.clientURL(i, ownURL)
 		switch {
 		case strings.Contains(u.Path, "/anthropic/"):
-			lines = append(lines, "base URL for Claude: "+base)
+			lines = append(lines, "base URL for Claude: "+clientURL)
 		case lastSegment(u) == "openai":
 			// A client of an Azure endpoint adds /openai/ itself.
-			lines = append(lines, "base URL: "+base+"/v1, or "+cfg.ownURL()+
+			lines = append(lines, "base URL: "+clientURL+"/v1, or "+ownURL+
 				" where the client asks for an Azure endpoint")
 		case strings.Contains(u.Path, "openai"):
-			lines = append(lines, "base URL: "+base+"/v1")
+			lines = append(lines, "base URL: "+clientURL+"/v1")
 		default:
-			lines = append(lines, "base URL: "+base)
+			lines = append(lines, "base URL: "+clientURL)
 		}
 	}
 	if cfg.key == "" {
