@@ -2,8 +2,9 @@
 
 PLATFORMS = linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64
 
+# The program reads the environment alone. A .env beside this file goes into it, as a shell reads it.
 run:
-	go run .
+	@if [ -f .env ]; then set -a; . ./.env; set +a; fi; echo 'go run .' && go run .
 
 demo:
 	go run ./demo

@@ -8,23 +8,17 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"compress/flate"
 	"compress/gzip"
-	"compress/zlib"
 	"context"
-	"crypto/sha1"
 	"crypto/tls"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"go/build"
 	goversion "go/version"
 	"io"
 	"log"
-	"math/rand"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -76,16 +70,13 @@ type testLog struct {
 	mu    sync.Mutex
 	text  strings.Builder
 	seen  int           // bytes of text that waitFor has passed
-	ended bool          // nothing will be added
-	grown chan struct{} // closed and replaced when one of the above changes
+	grown chan struct{} // closed and replaced with each line
 }
 
-func newTestLog() *testLog { return &testLog{grown: make(chan struct{})} }
-
-// followLog has the log of the test go to a testLog.
+// followLog has the log of the test go to a testLog, through the program's writer.
 func followLog(t testing.TB) *testLog {
-	l := newTestLog()
-	log.SetOutput(l)
+	l := &testLog{grown: make(chan struct{})}
+	log.SetOutput(lineWriter{l})
 	t.Cleanup(func() { log.SetOutput(os.Stderr) })
 	return l
 }
@@ -105,66 +96,29 @@ func (l *testLog) String() string {
 	return l.text.String()
 }
 
-// end says that nothing will be added.
-func (l *testLog) end() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.ended = true
-	close(l.grown)
-	l.grown = make(chan struct{})
-}
-
-// next returns the next line that was not seen yet. Without one it returns a
-// channel that is closed when there may be one, or nil if the log has ended.
-func (l *testLog) next() (line string, ok bool, grown chan struct{}) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	line, _, ok = strings.Cut(l.text.String()[l.seen:], "\n")
-	if ok {
-		l.seen += len(line) + 1
-		return line, true, nil
-	}
-	if l.ended {
-		return "", false, nil
-	}
-	return "", false, l.grown
-}
-
-// waitFor returns the first line from here on that contains text, and the
-// lines before it.
+// waitFor returns the first line from here on that contains text, and the lines before it.
 func (l *testLog) waitFor(t testing.TB, text string) (line string, before []string) {
 	t.Helper()
 	timeout := time.After(safetyNet)
 	for {
-		line, ok, grown := l.next()
+		l.mu.Lock()
+		line, _, ok := strings.Cut(l.text.String()[l.seen:], "\n")
+		if ok {
+			l.seen += len(line) + 1
+		}
+		grown := l.grown
+		l.mu.Unlock()
 		switch {
 		case ok && strings.Contains(line, text):
 			return line, before
 		case ok:
 			before = append(before, line)
-		case grown == nil:
-			t.Fatalf("the log ended without %q: %q", text, before)
 		default:
 			select {
 			case <-grown:
 			case <-timeout:
 				t.Fatalf("no %q in the log: %q", text, before)
 			}
-		}
-	}
-}
-
-// rest waits for the end, and returns the lines that were not seen yet.
-func (l *testLog) rest() (lines []string) {
-	for {
-		line, ok, grown := l.next()
-		switch {
-		case ok:
-			lines = append(lines, line)
-		case grown == nil:
-			return lines
-		default:
-			<-grown
 		}
 	}
 }
@@ -210,7 +164,6 @@ func newTestProxy(t testing.TB, identity *fakeIdentity, upstream *httptest.Serve
 		signals: make(chan os.Signal, 2),
 		stopped: make(chan struct{}),
 	}
-	p.lateTime = time.Hour
 	if upstream.TLS != nil {
 		client := upstream.Client().Transport.(*http.Transport).TLSClientConfig
 		p.forwarder.transport.TLSClientConfig.RootCAs = client.RootCAs
@@ -296,33 +249,25 @@ func (p *testProxy) do(t *testing.T, text string) (*http.Response, string) {
 type program struct {
 	*exec.Cmd
 	stdout bytes.Buffer
-	stderr *testLog // ends with the process
+	stderr *testLog
 	pipe   io.Closer
+	ended  chan struct{} // closed when stderr has ended
 }
 
-// startProgram starts aoai-proxy with no environment but env, in a directory that has no file but,
-// if there is text for it, a .env.
-func startProgram(t testing.TB, dotEnv string, env vars, args ...string) *program {
-	t.Helper()
-	return startProgramFor(t, safetyNet, dotEnv, env, args...)
-}
-
-// startProgramFor is startProgram with another limit of the program's life.
-func startProgramFor(t testing.TB, limit time.Duration, dotEnv string, env vars,
-	args ...string) *program {
+// startProgram starts aoai-proxy with no environment but env, for no longer than limit. In its
+// directory is a .env, of which nothing is to be read.
+func startProgram(t testing.TB, limit time.Duration, env vars, args ...string) *program {
 	t.Helper()
 	executable, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	p := &program{Cmd: exec.CommandContext(ctx, executable, args...), stderr: newTestLog()}
+	p := &program{Cmd: exec.CommandContext(ctx, executable, args...),
+		stderr: &testLog{grown: make(chan struct{})}, ended: make(chan struct{})}
 	p.Dir = t.TempDir()
-	if dotEnv != "" {
-		if err := os.WriteFile(filepath.Join(p.Dir, ".env"), []byte(dotEnv), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	writeFile(t, filepath.Join(p.Dir, ".env"), "TARGET_URL=https://b.example/\nEXPECTED_KEY=k\n"+
+		"PORT=1\nHTTPS_PROXY="+nobody+"\n")
 	p.Env = []string{"AOAI_PROXY_TEST_MAIN=1",
 		"GORACE=atexit_sleep_ms=0", // with -race it would take a second more
 		"GOCOVERDIR=" + p.Dir}      // with -cover it would write a line
@@ -340,7 +285,7 @@ func startProgramFor(t testing.TB, limit time.Duration, dotEnv string, env vars,
 	}
 	go func() {
 		io.Copy(p.stderr, stderr)
-		p.stderr.end()
+		close(p.ended)
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -349,12 +294,11 @@ func startProgramFor(t testing.TB, limit time.Duration, dotEnv string, env vars,
 	return p
 }
 
-// end waits until the process ends, and returns its exit status and the rest
-// of its stderr.
-func (p *program) end() (status int, stderr []string) {
-	stderr = p.stderr.rest()
+// end waits until the process ends, and returns its exit status and its stderr.
+func (p *program) end() (status int, stderr string) {
+	<-p.ended
 	p.Wait()
-	return p.ProcessState.ExitCode(), stderr
+	return p.ProcessState.ExitCode(), p.stderr.String()
 }
 
 // listens returns the address that the program says it listens on.
@@ -405,6 +349,16 @@ func (u *recorder) only(t *testing.T) (*http.Request, string) {
 	return u.seen[0], u.body[0]
 }
 
+// last returns the request target of the last request that the upstream got.
+func (u *recorder) last() string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.seen) == 0 {
+		return "nothing"
+	}
+	return u.seen[len(u.seen)-1].RequestURI
+}
+
 // count returns how many requests the upstream got.
 func (u *recorder) count() int {
 	u.mu.Lock()
@@ -412,26 +366,32 @@ func (u *recorder) count() int {
 	return len(u.seen)
 }
 
-// startRecorded starts a proxy in front of a recorder.
+// startRecorded starts a proxy in front of a recorder, whose address is URL in a TARGET_URL.
 func startRecorded(t *testing.T, env vars) (*testProxy, *recorder) {
 	t.Helper()
 	followLog(t)
 	u := &recorder{}
-	return startProxy(t, newFakeIdentity(t), newUpstream(t, u.ServeHTTP), env), u
+	s := newUpstream(t, u.ServeHTTP)
+	if target, ok := env["TARGET_URL"]; ok {
+		env["TARGET_URL"] = strings.ReplaceAll(target, "URL", s.URL)
+	}
+	return startProxy(t, newFakeIdentity(t), s, env), u
 }
 
-// fakeAzure accepts the tokens of identity and nothing else. It has a stream of
-// two events, the second of which release lets go, and a realtime WebSocket
-// that echoes. Anything else it reads whole and answers with {}.
-func fakeAzure(identity *fakeIdentity, release <-chan struct{}) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		if !identity.gave(r.Header.Get("Authorization")) || r.Header.Get("Api-Key") != "" {
-			writeJSON(w, 401, `{"error":{"code":"401"}}`)
-			return
-		}
+// heldUpstream accepts the tokens of identity and nothing else. It has a stream of two events, the
+// second of which release lets go, and tunnels that echo. Anything else it answers with {}.
+func heldUpstream(t testing.TB, identity *fakeIdentity) (
+	upstream *httptest.Server, release chan struct{}) {
+	t.Helper()
+	release = make(chan struct{})
+	return newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		switch {
-		case strings.HasSuffix(r.URL.Path, "/realtime"):
-			realtime(w, r)
+		case !identity.gave(r.Header.Get("Authorization")) || r.Header.Get("Api-Key") != "":
+			writeJSON(w, 401, `{"error":{"code":"401"}}`)
+		case r.Header.Get("Upgrade") != "":
+			conn, buffered := acceptTunnel(t, w)
+			defer conn.Close()
+			io.Copy(conn, buffered)
 		case strings.HasSuffix(r.URL.Path, "/stream"):
 			io.WriteString(w, "data: 1\n\n")
 			http.NewResponseController(w).Flush()
@@ -444,16 +404,20 @@ func fakeAzure(identity *fakeIdentity, release <-chan struct{}) http.HandlerFunc
 			io.Copy(io.Discard, r.Body)
 			writeJSON(w, 200, `{}`)
 		}
-	}
+	}), release
 }
 
-// heldUpstream is a fakeAzure whose streams go on when release is closed.
-func heldUpstream(t testing.TB, identity *fakeIdentity) (
-	upstream *httptest.Server, release chan struct{}) {
-	t.Helper()
-	release = make(chan struct{})
-	return newUpstream(t, fakeAzure(identity, release)), release
+// acceptTunnel is what an upstream does to become one end of a tunnel.
+func acceptTunnel(t testing.TB, w http.ResponseWriter) (net.Conn, *bufio.Reader) {
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, switching+"\r\n")
+	return conn, buffered.Reader
 }
+
+const switching = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
 
 // openStream asks the proxy for a stream and reads its first event.
 func openStream(t testing.TB, proxyURL string) io.Reader {
@@ -473,7 +437,7 @@ func openStream(t testing.TB, proxyURL string) io.Reader {
 	return resp.Body
 }
 
-// openTunnel opens a WebSocket through the proxy, reads the greeting and returns an echo.
+// openTunnel opens a tunnel through the proxy and returns an echo.
 func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -482,24 +446,18 @@ func openTunnel(t testing.TB, addr string) (conn net.Conn, echo func() error) {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(safetyNet))
-	fmt.Fprintf(conn, "GET /realtime HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: "+
-		"websocket\r\n"+
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", addr)
+	io.WriteString(conn, strings.ReplaceAll(upgrade, "{host}", addr)+"\r\n")
 	r := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(r, nil)
 	if err != nil || resp.StatusCode != 101 {
 		t.Fatalf("upgrade: %v, %v", resp, err)
 	}
-	if _, _, err := readFrame(r); err != nil {
-		t.Fatal(err)
-	}
 	return conn, func() error {
-		if err := writeFrame(conn, 1, []byte("hello")); err != nil {
-			return err
-		}
-		_, payload, err := readFrame(r)
-		if err == nil && string(payload) != "hello" {
-			err = fmt.Errorf("echo of hello: %q", payload)
+		io.WriteString(conn, "hello")
+		got := make([]byte, 5)
+		_, err := io.ReadFull(r, got)
+		if err == nil && string(got) != "hello" {
+			err = fmt.Errorf("echo of hello: %q", got)
 		}
 		return err
 	}
@@ -517,74 +475,11 @@ func untilClosed(t testing.TB, echo func() error) {
 	}
 }
 
-const webSocketHead = "Host: {host}\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
-	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-
-// realtime accepts a WebSocket, greets as the Realtime API does and then echoes each message.
-func realtime(w http.ResponseWriter, r *http.Request) {
-	conn, buf, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return
-	}
-	defer conn.Close()
-	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") +
-		"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: "+
-		"Upgrade\r\n"+
-		"Sec-WebSocket-Accept: %s\r\n", base64.StdEncoding.EncodeToString(sum[:]))
-	if protocol, _, _ := strings.Cut(r.Header.Get("Sec-WebSocket-Protocol"), ","); protocol != "" {
-		fmt.Fprintf(conn, "Sec-WebSocket-Protocol: %s\r\n", protocol)
-	}
-	io.WriteString(conn, "\r\n")
-	writeFrame(conn, 1, []byte(`{"type":"session.created","event_id":"event_1","session":{"id":`+
-		`"sess_demo","object":"realtime.session"}}`))
-	for {
-		opcode, payload, err := readFrame(buf.Reader)
-		if err != nil || opcode == 8 {
-			writeFrame(conn, 8, nil)
-			return
-		}
-		writeFrame(conn, opcode, payload)
-	}
-}
-
-// writeFrame writes a WebSocket message of one unmasked frame (RFC 6455 §5.2).
-func writeFrame(w io.Writer, opcode byte, payload []byte) error {
-	head := []byte{0x80 | opcode, byte(len(payload))}
-	if len(payload) > 125 {
-		head = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 126}, uint16(len(payload)))
-	}
-	_, err := w.Write(append(head, payload...))
-	return err
-}
-
-// readFrame reads a frame, masked or not, of up to 64 KiB.
-func readFrame(r *bufio.Reader) (opcode byte, payload []byte, err error) {
-	var head [2]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return 0, nil, err
-	}
-	length := int(head[1] & 0x7f)
-	if length == 126 {
-		var long [2]byte
-		if _, err := io.ReadFull(r, long[:]); err != nil {
-			return 0, nil, err
-		}
-		length = int(binary.BigEndian.Uint16(long[:]))
-	}
-	var mask [4]byte
-	if head[1]&0x80 != 0 {
-		if _, err := io.ReadFull(r, mask[:]); err != nil {
-			return 0, nil, err
-		}
-	}
-	payload = make([]byte, length)
-	_, err = io.ReadFull(r, payload)
-	for i := range payload {
-		payload[i] ^= mask[i%4]
-	}
-	return head[0] & 0x0f, payload, err
-}
+const (
+	webSocketHead = "Host: {host}\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n" +
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+	upgrade = "GET /v1/realtime HTTP/1.1\r\n" + webSocketHead
+)
 
 func writeJSON(w http.ResponseWriter, status int, body string) {
 	w.Header().Set("Content-Type", "application/json")
@@ -597,51 +492,46 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// main.go: settings, .env and the start.
+// main.go: the settings and the start.
 
 func TestSettings(t *testing.T) {
-	const scope = "https://cognitiveservices.azure"
+	const azure = "https://cognitiveservices.azure"
 	tests := []struct{ name, variable, value, want string }{
-		{"defaults", "", "", "https://b.example/openai/ host= port=8081 key= scope=" + scope +
-			".com/.default debug=false"},
+		{"defaults", "", "", "https://b.example/openai/ root=/ host= port=8081 key= scope=" +
+			azure + ".com/.default debug=false delay=0s"},
 		{"empty is unset", "PORT", "", "port=8081 "},
 		{"white space trimmed", "EXPECTED_KEY", "\tk\n", "key=k "},
 		{"white space around the target", "TARGET_URL", " https://b.example/openai/ \n",
 			"https://b.example/openai/ "},
-		{"missing slash supplied", "TARGET_URL", "https://b.example/openai",
-			"https://b.example/openai/ "},
-		{"escapes kept", "TARGET_URL", "https://b.example/a%2Fb/openai",
-			"https://b.example/a%2Fb/openai/ "},
-		{"US Government", "TARGET_URL", "https://a.openai.azure.us/openai/", scope +
-			".us/.default "},
-		{"China, in capitals", "TARGET_URL", "https://A.OPENAI.AZURE.CN:443/openai/", scope +
-			".cn/.default "},
-		{"azure.us elsewhere in the host", "TARGET_URL", "https://azure.us.example/openai/", scope +
-			".com/.default "},
-		{"scope set", "AZURE_OPENAI_SCOPE", "https://ai.azure.com/.default",
+		{"missing slash supplied", "TARGET_URL", "https://b.example/openai", "/openai/ root=/ "},
+		{"v1 in the target", "TARGET_URL", "https://b.example/openai/v1", "/openai/v1/ root=/ "},
+		{"Claude", "TARGET_URL", "https://b.example/anthropic/", "/anthropic/ root=/ "},
+		{"no path", "TARGET_URL", "https://b.example", "https://b.example/openai/ root=/ "},
+		{"path of a gateway", "TARGET_URL", "https://b.example/gw/openai/", "root=/gw/ "},
+		{"gateway without an API", "TARGET_URL", "https://b.example/v1/", "/v1/ root= "},
+		{"name that ends like an API", "TARGET_URL", "https://b.example/xopenai/", "root= "},
+		{"Foundry's models", "TARGET_URL", "https://b.example/models/", "/models/ root= "},
+		{"escapes kept", "TARGET_URL", "https://b.example/a%2Fb/openai", "root=/a%2Fb/ "},
+		{"slashes before the path", "TARGET_URL", "https://b.example//a/openai", "root=/a/ "},
+		{"US Government", "TARGET_URL", "https://a.openai.azure.us/openai/", azure + ".us/.default "},
+		{"China, in capitals", "TARGET_URL", "https://A.OPENAI.AZURE.CN:443/openai/",
+			azure + ".cn/.default "},
+		{"US Government, final dot", "TARGET_URL", "https://a.azure.us./openai/",
+			azure + ".us/.default "},
+		{"azure.us elsewhere in the host", "TARGET_URL", "https://azure.us.example/openai/",
+			azure + ".com/.default "},
+		{"project", "TARGET_URL", "https://b.example/api/projects/p/openai/v1",
 			"scope=https://ai.azure.com/.default "},
-		{"http for localhost", "TARGET_URL", "http://localhost:1/openai",
-			"http://localhost:1/openai/ "},
+		{"scope set", "AZURE_OPENAI_SCOPE", "api://x/.default", "scope=api://x/.default "},
+		{"http for localhost", "TARGET_URL", "http://LOCALHOST.:1/openai", ":1/openai/ "},
 		{"http for ::1", "TARGET_URL", "http://[::1]:1/openai", "http://[::1]:1/openai/ "},
 		{"brackets around HOST", "HOST", "[::1]", "host=::1 "},
 		{"any port", "PORT", " 0", "port=0 "},
 		{"delay of the drain", "DRAIN_DELAY", "1m30s", "delay=1m30s"},
-		{"several targets", "TARGET_URL",
-			"https://B.example/openai/\t https://b.example/anthropic\n",
-			"https://b.example/openai/ https://b.example/anthropic/ host="},
-		{"v1 at the end of the first target", "TARGET_URL",
-			"https://b.example/openai/v1 https://b.example/anthropic",
-			"https://b.example/openai/v1/ https://b.example/anthropic/ host="},
-		{"host in capitals", "TARGET_URL", "http://LOCALHOST:1/openai/",
-			"http://localhost:1/openai/ "},
-		{"final dot", "TARGET_URL", "http://localhost.:1/openai/", "http://localhost.:1/openai/ "},
-		{"US Government, final dot", "TARGET_URL", "https://a.azure.us./openai/", scope +
-			".us/.default "},
 		{"proxy", "HTTPS_PROXY", "http://jane:Ses%25ame@127.0.0.1:3128", "port=8081"},
 		{"proxy without scheme", "HTTPS_PROXY", "proxy.example:3128", "port=8081"},
-		{"proxy, lower case", "https_proxy", "socks5://127.0.0.1", "port=8081"},
-		{"HTTP_PROXY, which is not used", "HTTP_PROXY", "http://jane:Ses%ame@127.0.0.1",
-			"port=8081"},
+		{"proxy, lower case", "https_proxy", "socks5h://127.0.0.1", "port=8081"},
+		{"HTTP_PROXY, which is not used", "HTTP_PROXY", "http://jane:Ses%ame@h", "port=8081"},
 		{"debug in capitals", "AZURE_LOG_LEVEL", "DEBUG", "debug=true"},
 	}
 	for _, tt := range tests {
@@ -652,8 +542,9 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 			continue
 		}
-		got := fmt.Sprintf("%s host=%s port=%s key=%s scope=%s debug=%v delay=%v", cfg.targets,
-			cfg.host, cfg.port, cfg.key, cfg.scope, cfg.debug, cfg.delay)
+		got := fmt.Sprintf("%s root=%s host=%s port=%s key=%s scope=%s debug=%v delay=%v",
+			cfg.target.base, cfg.target.root, cfg.host, cfg.port, cfg.key, cfg.scope, cfg.debug,
+			cfg.drainDelay)
 		if !strings.Contains(got, tt.want) {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
 		}
@@ -661,391 +552,167 @@ func TestSettings(t *testing.T) {
 }
 
 func TestBadSettingIsNamedWithARightValue(t *testing.T) {
-	const encoded = "percent-encoded"
-	const aBase, https, zero = "https://my-aoai.openai.azure.com/openai/", "want https",
-		"from 0 to 65535 such as 8081"
+	const aBase, encoded = "https://my-aoai.openai.azure.com/openai/", "percent-encoded"
 	tests := []struct{ name, variable, value, right string }{
-		{"target unset", "TARGET_URL", "", aBase},
+		{"target unset", "TARGET_URL", "", "no .env file is read (make run does that"},
 		{"target without scheme", "TARGET_URL", "b.example/openai/", aBase},
-		{"proxy with a scheme that Go 1.22 lacks", "HTTPS_PROXY", "socks5h://127.0.0.1",
-			"http://proxy.example:3128"},
 		{"target without host", "TARGET_URL", "https://:443/openai/", aBase},
 		{"target with a wrong escape", "TARGET_URL", "https://b.example/%zz-s3cret", aBase},
-		{"target with a space", "TARGET_URL", "https://b.example/ s3cret", aBase},
 		{"target with a line break", "TARGET_URL", "https://b.example/\ns3cret", aBase},
 		{"target that is a key", "TARGET_URL", "s3cret", aBase},
 		{"target for another protocol", "TARGET_URL", "ftp://b.example/openai/", aBase},
 		{"target with a password", "TARGET_URL", "https://user:s3cret@b.example/openai/", aBase},
 		{"target with a key", "TARGET_URL", "https://b.example/openai/?api-key=s3cret", aBase},
 		{"target with a fragment", "TARGET_URL", "https://b.example/openai/#s3cret", aBase},
-		{"target with a dot segment", "TARGET_URL", "https://b.example/openai/%2e%2E/s3cret",
-			aBase},
-		{"http over a network", "TARGET_URL", "http://10.0.0.4/openai/", https},
-		{"http with a password", "TARGET_URL",
-			"http://user:s3cret@b.example/openai/?api-key=s3cret", https},
-		{"http for a name that begins with localhost", "TARGET_URL",
-			"http://localhost.example/openai/", https},
-		{"http for localhost with a long s", "TARGET_URL", "http://localho\u017ft:1/openai/",
-			https},
-		{"http for a name that begins with 127.0.0.1", "TARGET_URL",
-			"http://127.0.0.1.example/openai/", https},
-		{"target escaped twice", "TARGET_URL", "https://b.example/openai/%252e%252e/s3cret", aBase},
-		{"targets of two hosts", "TARGET_URL",
-			"https://b.example/openai/ https://c.example/anthropic/",
-			"https://b.example/openai/ and https://c.example/anthropic/ differ"},
-		{"targets of two ports", "TARGET_URL",
-			"https://b.example/openai/ https://b.example:8443/anthropic/",
-			"differ in scheme or host"},
-		{"targets of two schemes", "TARGET_URL",
-			"https://localhost/openai/ http://localhost/anthropic/", "differ in scheme or host"},
-		{"targets with one end", "TARGET_URL",
-			"https://b.example/openai/ https://b.example/x/openai",
-			"https://b.example/openai/ and https://b.example/x/openai/ both end in /openai/"},
-		{"one target twice", "TARGET_URL", "https://b.example/openai https://b.example/openai/",
-			"both end in /openai/"},
-		{"second target without a path", "TARGET_URL", "https://b.example/openai https://b.example",
-			"https://b.example/ is not the first"},
-		{"second target that ends in v1", "TARGET_URL",
-			"https://b.example/openai https://b.example/anthropic/v1", "is not the first"},
-		{"second target in plain http", "TARGET_URL",
-			"https://b.example/openai/ http://b.example/anthropic/?k=s3cret",
-			"base URL 2 of 2: http://b.example would send the token over a network"},
-		{"second target with a key", "TARGET_URL",
-			"https://b.example/openai/ https://b.example/anthropic/?k=s3cret",
-			"base URL 2 of 2: has a user name, a query or a fragment"},
+		{"target with a dot segment", "TARGET_URL", "https://b.example/%2e%2E/s3cret", aBase},
+		{"target escaped twice", "TARGET_URL", "https://b.example/%252e%252e/s3cret", aBase},
+		{"several targets", "TARGET_URL", "https://b.example/openai/ https://b.example/anthropic/",
+			"want one base URL such as"},
+		{"http over a network", "TARGET_URL", "http://10.0.0.4/openai/", "want https"},
+		{"http for a name like localhost", "TARGET_URL", "http://localhost.example/", "want https"},
+		{"http with a long s", "TARGET_URL", "http://localho\u017ft:1/openai/", "want https"},
+		{"http for a name like 127.0.0.1", "TARGET_URL", "http://127.0.0.1.example/", "want https"},
 		{"proxy with a bare %", "HTTPS_PROXY", "http://jane:s3cret%ame@127.0.0.1:3128", encoded},
-		{"proxy with a bare %, lower case", "https_proxy", "http://jane:s3cret%ame@127.0.0.1",
-			encoded},
+		{"proxy with a bare %, lower case", "https_proxy", "http://j:s3cret%a@127.0.0.1", encoded},
 		{"proxy with a bare #", "HTTPS_PROXY", "http://jane:s3cret#a@127.0.0.1:3128", encoded},
 		{"proxy with a bare /", "HTTPS_PROXY", "http://jane:s3cret/a@127.0.0.1:3128", encoded},
-		{"proxy with a bare %, no scheme", "HTTPS_PROXY", "jane:s3cret%ame@127.0.0.1:3128",
-			encoded},
+		{"proxy with a bare %, no scheme", "HTTPS_PROXY", "j:s3cret%ame@127.0.0.1:3128", encoded},
 		{"proxy of white space", "HTTPS_PROXY", "\t", encoded},
-		{"proxy in white space", "HTTPS_PROXY", " http://jane:s3cret@127.0.0.1:3128", encoded},
-		{"proxy with a bare # after digits", "HTTPS_PROXY", "http://s3cret:12#4@127.0.0.1:3128",
-			encoded},
-		{"proxy with a bare / after digits", "HTTPS_PROXY", "http://s3cret:1/2@127.0.0.1:3128",
-			encoded},
-		{"proxy for another protocol", "HTTPS_PROXY", "ftp://jane:s3cret@127.0.0.1", encoded},
-		{"port that is a name", "PORT", "http", zero},
-		{"port above 65535", "PORT", "65536", zero},
+		{"port that is a name", "PORT", "http", "from 0 to 65535 such as 8081"},
+		{"port above 65535", "PORT", "65536", "from 0 to 65535 such as 8081"},
 		{"delay without a unit", "DRAIN_DELAY", "10", "such as 10s"},
-		{"negative delay", "DRAIN_DELAY", "-1s", "from 0 to 10m0s"},
-		{"endless delay", "DRAIN_DELAY", "10h", "from 0 to 10m0s"},
-		{"key with a control character", "EXPECTED_KEY", "s3cret\x01", "printable ASCII"},
-		{"target with a port that does not exist", "TARGET_URL", "https://b.example:99999/openai/",
-			aBase},
-		{"client id with a line break", "AZURE_CLIENT_ID", "1\ns3cret", "printable ASCII"},
-		{"header with a control character", "IDENTITY_HEADER", "s3cret\x01", "printable ASCII"},
-		{"IMDS with a port that does not exist", "AZURE_POD_IDENTITY_AUTHORITY_HOST",
-			"http://127.0.0.1:99999", "http://169.254.169.254"},
-		{"key beyond ASCII", "EXPECTED_KEY", "s3cret-ä", "printable ASCII"},
-		{"scope with a space", "AZURE_OPENAI_SCOPE", "https://a/.default https://b/.default",
-			"https://cognitiveservices.azure.com/.default"},
+		{"negative delay", "DRAIN_DELAY", "-1s", "such as 10s"},
 		{"IMDS without scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST", "169.254.169.254",
 			"http://169.254.169.254"},
-		{"endpoint without its secret", "IDENTITY_ENDPOINT", "http://127.0.0.1/s3cret",
-			"IDENTITY_HEADER"},
-		{"secret without its endpoint", "IDENTITY_HEADER", "s3cret", "set that too"},
 	}
 	for _, tt := range tests {
 		_, err := loadConfig(func(name string) string {
 			return vars{"TARGET_URL": "https://b.example/openai/", tt.variable: tt.value}[name]
 		})
-		if err == nil {
-			t.Errorf("%s: accepted", tt.name)
-			continue
+		text := fmt.Sprint(err)
+		if !strings.HasPrefix(text, tt.variable+": ") || !strings.Contains(text, tt.right) {
+			t.Errorf("%s: got %q, want %s and %q", tt.name, text, tt.variable, tt.right)
 		}
-		text := err.Error()
-		if !strings.HasPrefix(text, tt.variable) || !strings.Contains(text, tt.right) {
-			t.Errorf("%s: got %q, want it to begin with %s and to contain %q", tt.name, text,
-				tt.variable, tt.right)
-		}
-		if strings.Contains(text, "s3cret") || strings.ContainsAny(text, "\n\x01") {
-			t.Errorf("%s: the error shows a secret or has control characters: %q", tt.name, text)
+		if strings.Contains(text, "s3cret") || strings.Contains(text, "\n") {
+			t.Errorf("%s: the error shows a secret or has a line break: %q", tt.name, text)
 		}
 	}
 }
 
-func TestDotEnv(t *testing.T) {
-	tests := []struct{ name, text, want string }{
-		{"nothing", "", `map[]`},
-		{"plain", "PORT=1\nEXPECTED_KEY=x y", `map["EXPECTED_KEY":"x y" "PORT":"1"]`},
-		{"blank lines and comments", "\n# HOST=0\n  # HOST=0\n\nPORT=1\n", `map["PORT":"1"]`},
-		{"white space", " PORT = 1 \n\tHOST\t=\t2\t", `map["HOST":"2" "PORT":"1"]`},
-		{"export", "export PORT=1\n  export HOST='2'", `map["HOST":"2" "PORT":"1"]`},
-		{"export and a tab", "export\tPORT=1\nexport \t HOST=2", `map["HOST":"2" "PORT":"1"]`},
-		{"quotes", "PORT=\" 1 \"\nHOST=' \"2\" '", `map["HOST":" \"2\" " "PORT":" 1 "]`},
-		{"no escapes, no expansion", "PORT=\"\\n$HOME\"\nHOST=$(x)",
-			`map["HOST":"$(x)" "PORT":"\\n$HOME"]`},
-		{"empty", "PORT=\nHOST=''", `map["HOST":"" "PORT":""]`},
-		{"inline comment", "PORT=1 # one\nHOST='2' # two\nEXPECTED_KEY=\"3\"# three",
-			`map["EXPECTED_KEY":"3" "HOST":"2" "PORT":"1"]`},
-		{"# in a value", "PORT=1#2\nHOST='1 # 2'\nEXPECTED_KEY=#3",
-			`map["EXPECTED_KEY":"#3" "HOST":"1 # 2" "PORT":"1#2"]`},
-		{"CRLF", "PORT=1\r\nHOST='2'\r\n\r\n", `map["HOST":"2" "PORT":"1"]`},
-		{"BOM", "\ufeffPORT=1\nHOST=2", `map["HOST":"2" "PORT":"1"]`},
-		{"last one counts", "PORT=1\nPORT=2", `map["PORT":"2"]`},
-
-		{"others' names", "my-var=1\nPORT-X=1\nPORT.X\nHOSTNAME=h\nexport=3\nport=1", `map[]`},
-		{"others' forms", "FOO\nOTHER=a b\nA='1\n=1\nset PORT=1\n\xff\xff", `map[]`},
-		{"a PEM over lines", "KEY=\"-----BEGIN KEY-----\nMIIE+/=\n-----END KEY-----\"\nPORT=1",
-			`map["PORT":"1"]`},
-		{"what says whom to trust", "HTTPS_PROXY=http://p\nexport SSL_CERT_FILE=f\nno_proxy\n" +
-			"IDENTITY_ENDPOINT = u\nGODEBUG=x\nHTTPS_PROXY=q\nPORT=1",
-			`map["GODEBUG":"" "HTTPS_PROXY":"" "IDENTITY_ENDPOINT":"" "PORT":"1" ` +
-				`"SSL_CERT_FILE":"" "no_proxy":""]`},
-
-		{"no =", "EXPECTED_KEY s3cret", "line 1"},
-		{"name alone", "EXPECTED_KEY", "line 1"},
-		{"colon", "\nEXPECTED_KEY: s3cret", "line 2"},
-		{"no = after lines of all kinds", "# x\r\n\r\nA=1\r\nexport PORT s3cret", "line 4"},
-		{"open double quotes", "A=1\nEXPECTED_KEY=\"s3cret", "line 2"},
-		{"open single quotes", "EXPECTED_KEY='s3cret\"", "line 1"},
-		{"text after quotes", "EXPECTED_KEY='s3cret's3cret", "line 1"},
-		{"UTF-16", "\xff\xfeP\x00O\x00", "save it as UTF-8"},
-		{"UTF-16, big-endian", "\xfe\xff\x00P\x00O", "save it as UTF-8"},
-		{"UTF-16 without a mark", "P\x00O\x00", "save it as UTF-8"},
-	}
-	for _, tt := range tests {
-		values, err := parseDotEnv(tt.text)
-		got, want := fmt.Sprintf("%q", values), tt.want
-		if err != nil {
-			got = err.Error()
-		}
-		if strings.HasPrefix(want, "line") {
-			want += `: want NAME=value or NAME="value"`
-		}
-		if got != want && !(strings.HasPrefix(want, "save") && strings.Contains(got, want)) {
-			t.Errorf("%s: got %q, want %q", tt.name, got, want)
+// TestArcWantsAKey, as its agent gives tokens to root and one group alone.
+func TestArcWantsAKey(t *testing.T) {
+	for key, want := range map[string]string{"": "EXPECTED_KEY: not set", "k": ""} {
+		_, err := loadConfig(func(name string) string {
+			return vars{"TARGET_URL": "https://b.example/openai/", "EXPECTED_KEY": key,
+				"IDENTITY_ENDPOINT": "http://127.0.0.1/a", "IMDS_ENDPOINT": "http://127.0.0.1"}[name]
+		})
+		if (err == nil) != (want == "") || err != nil && !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("key %q: got %v, want %q", key, err, want)
 		}
 	}
 }
 
-func TestBadSettingsAreOneLine(t *testing.T) {
+func TestBadStartIsOneLine(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
 	_, port, _ := net.SplitHostPort(taken.Addr().String())
-	const dotEnvRead = "read .env in the working directory for what the environment leaves out"
 	const target = "https://b.example/openai/"
 	tests := []struct {
-		name, dotEnv string
-		env          vars
-		arg          string
-		want         string
+		name   string
+		env    vars
+		arg    string
+		want   string
+		status int
 	}{
-		{"no settings", "", vars{}, "", "TARGET_URL: not set; want a base URL such as " +
-			"https://my-aoai.openai.azure.com/openai/"},
-		{"bad port", "", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number"},
-		{"bad setting in .env", "PORT=0x50", vars{"TARGET_URL": target}, "",
-			`PORT: want a number from 0 to 65535 such as 8081, got "0x50" (` + dotEnvRead +
-				": PORT)"},
-		{"bad setting, beside one in .env that is not taken", "IMDS_ENDPOINT=http://127.0.0.1",
-			vars{"TARGET_URL": target, "IDENTITY_ENDPOINT": "http://127.0.0.1"}, "",
-			"IDENTITY_HEADER or IMDS_ENDPOINT: set that too, or unset IDENTITY_ENDPOINT (" +
-				dotEnvRead +
-				": nothing; not taken from .env, as it must come from the environment: " +
-				"IMDS_ENDPOINT)"},
-		{"malformed .env", "A=1\n\nEXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "",
-			".env line 3: want NAME=value"},
-		{"UTF-16 .env", "\xff\xfeP\x00", vars{"TARGET_URL": target}, "", ".env is not UTF-8 text"},
-		{"port in use", "", vars{"TARGET_URL": target, "PORT": port}, "",
-			"want a free port such as 8082"},
-		{"port in use, with a key", "", vars{"TARGET_URL": target, "PORT": port,
-			"HOST": "127.0.0.1", "EXPECTED_KEY": "s3cret"}, "", port},
-		{"unknown flag", "", vars{"TARGET_URL": target}, "-port=1", "-port"},
-		{"argument", "", vars{"TARGET_URL": target}, "check", `unexpected argument "check"`},
-		{"malformed .env checked", "EXPECTED_KEY s3cret\n", vars{"TARGET_URL": target}, "-check",
-			"settings failed the check"},
-		{"bad port checked", "", vars{"TARGET_URL": target, "PORT": "x"}, "-check",
-			"settings failed the check"},
+		{"a .env alone", vars{}, "", "TARGET_URL: not set, and no .env file is read", 78},
+		{"bad port", vars{"TARGET_URL": target, "PORT": "http"}, "", "PORT: want a number", 78},
+		{"port in use", vars{"TARGET_URL": target, "PORT": port}, "", "a free port such as 8082", 1},
+		{"unknown flag", vars{"TARGET_URL": target}, "-port=1", `unexpected argument "-port=1"`, 1},
+		{"bad port checked", vars{"PORT": "x"}, "-check", "settings failed the check", 1},
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			tt.env["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = "http://127.0.0.1:1"
-			status, stderr := startProgram(t, tt.dotEnv, tt.env, strings.Fields(tt.arg)...).end()
-			want := 78 // settings that have to be changed: EX_CONFIG
-			if tt.arg != "" || strings.HasPrefix(tt.name, "port in use") {
-				want = 1
-			}
-			if status != want || len(stderr) != 1 {
-				t.Fatalf("got exit status %d and %q, want %d and one line", status, stderr, want)
-			}
-			if !strings.HasPrefix(stderr[0], "aoai-proxy: ") ||
-				!strings.Contains(stderr[0], tt.want) {
-				t.Errorf("got %q, want %q", stderr[0], tt.want)
-			}
-			if strings.Contains(stderr[0], "s3cret") {
-				t.Errorf("%q shows a secret", stderr[0])
-			}
-		})
+		tt.env["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = nobody
+		status, stderr := startProgram(t, safetyNet, tt.env, strings.Fields(tt.arg)...).end()
+		if status != tt.status || strings.Count(stderr, "\n") != 1 ||
+			!strings.HasPrefix(stderr, "aoai-proxy: ") || !strings.Contains(stderr, tt.want) {
+			t.Errorf("%s: got exit status %d and %q, want %d and one line with %q", tt.name, status,
+				stderr, tt.status, tt.want)
+		}
 	}
 }
 
 func TestProgramSaysWhatItIsAsked(t *testing.T) {
 	identity := newFakeIdentity(t)
-	upstream := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter,
-		r *http.Request) {
+	upstream := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, 200, `{}`)
 	}))
 	defer upstream.Close()
 	ca := filepath.Join(t.TempDir(), "ca.pem")
-	block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: upstream.Certificate().Raw})
-	if err := os.WriteFile(ca, block, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, ca, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE",
+		Bytes: upstream.Certificate().Raw})))
 	fine := vars{"TARGET_URL": upstream.URL + "/openai/",
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL, "SSL_CERT_FILE": ca}
-	const settings = "TARGET_URL PORT HOST EXPECTED_KEY AZURE_OPENAI_SCOPE AZURE_CLIENT_ID " +
-		"IDENTITY_ENDPOINT IDENTITY_HEADER AZURE_POD_IDENTITY_AUTHORITY_HOST AZURE_LOG_LEVEL " +
-		"-check -version"
 	tests := []struct {
-		name, arg string
-		env       vars
-		want      []string
+		arg  string
+		env  vars
+		want string
 	}{
-		{"-h", "-h", vars{}, strings.Fields(settings)},
-		{"-version", "-version", vars{}, []string{"aoai-proxy ", runtime.Version(), runtime.GOOS +
-			"/" + runtime.GOARCH}},
-		{"-check with a CA of one's own", "-check", fine,
-			[]string{"ok    token", "ok    TLS", "ok    upstream"}},
+		{"-h", vars{}, usage},
+		{"--help", vars{}, usage},
+		{"-version", vars{}, runtime.Version()},
+		{"-check", fine, "ok    TLS: TLS 1.3, certificate of "}, // with a CA of one's own
 	}
 	for _, tt := range tests {
 		if tt.arg == "-check" && runtime.GOOS != "linux" {
 			continue // SSL_CERT_FILE is not for macOS and Windows
 		}
-		p := startProgram(t, "", tt.env, tt.arg)
-		if status, stderr := p.end(); status != 0 || stderr != nil {
-			t.Errorf("%s: got exit status %d and %q on stderr, want 0 and nothing", tt.name, status,
-				stderr)
-		}
-		for _, want := range tt.want {
-			if !strings.Contains(p.stdout.String(), want) {
-				t.Errorf("%s: no %q in %s", tt.name, want, p.stdout.String())
-			}
+		p := startProgram(t, safetyNet, tt.env, tt.arg)
+		status, stderr := p.end()
+		if out := p.stdout.String(); status != 0 || !strings.Contains(out, tt.want) ||
+			tt.arg != "-check" && stderr != "" {
+			t.Errorf("%s: got exit status %d, %q and %q", tt.arg, status, out, stderr)
 		}
 	}
 }
 
-func isKnown(name string) bool {
-	return slices.ContainsFunc(slices.Concat(settings, platformVariables),
-		func(v variable) bool { return v.name == name })
-}
-
-// TestEveryVariableIsListed: what the source reads is in one of the tables, from
-// which -h is made, and what README.md says may be set is in them too.
-func TestEveryVariableIsListed(t *testing.T) {
-	read := regexp.MustCompile(`(?:[gG]etenv|get|isSet|urlFrom|set)\("([A-Za-z_]{4,})"`)
+// TestEveryVariableIsInTheUsageText: what the source reads, and what README.md says may be set.
+func TestEveryVariableIsInTheUsageText(t *testing.T) {
+	read := regexp.MustCompile(`(?:env|isSet)\("([A-Za-z_]{4,})"\)|variable = "([A-Z_]+)"|` +
+		`(HTTPS_PROXY|NO_PROXY|SSL_CERT_FILE|SSL_CERT_DIR)`)
 	seen := make(map[string]bool)
-	for _, file := range []string{"main.go", "imds.go", "forward.go"} {
+	for _, file := range []string{"main.go", "imds.go", "forward.go", "README.md"} {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
+		if file == "README.md" {
+			read = regexp.MustCompile("(?m)^\\| `([A-Z_]+)` ")
+		}
 		for _, match := range read.FindAllStringSubmatch(string(text), -1) {
-			if name := match[1]; strings.ToUpper(name) == name ||
-				strings.HasPrefix(name, "Program") {
-				seen[name] = true
-			}
+			seen[strings.Join(match[1:], "")] = true
 		}
 	}
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, match := range regexp.MustCompile("(?m)^\\| `([A-Z_]+)` "+
-		"").FindAllStringSubmatch(string(readme), -1) {
-		seen[match[1]] = true
-	}
-	if len(seen) < 18 {
-		t.Errorf("found %d variables only: %v", len(seen), seen)
+	listed := make(map[string]bool)
+	for _, name := range regexp.MustCompile(`[A-Za-z_]+`).FindAllString(usage, -1) {
+		listed[name] = true
 	}
 	for name := range seen {
-		if !isKnown(name) {
-			t.Errorf("%s is in neither table", name)
+		if !listed[name] {
+			t.Errorf("%s is not in the usage text", name)
 		}
 	}
-}
-
-func TestDotEnvFillsInWhatTheEnvironmentLeavesOut(t *testing.T) {
-	identity := newFakeIdentity(t)
-	env := vars{"PORT": "0", "EXPECTED_KEY": "", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}
-	const dotEnv = "# mine\nTARGET_URL='http://127.0.0.1:1/openai'\nPORT=1\n" +
-		"export EXPECTED_KEY=s3cret\n"
-	p := startProgram(t, dotEnv, env)
-	p.stderr.waitFor(t, "read .env")
-	line, _ := p.stderr.waitFor(t, "proxy listening on :")
-	target := " ➜ http://127.0.0.1:1/openai/ "
-	if !strings.Contains(line, target) || strings.Contains(line, " :1 ") {
-		t.Errorf("got %q, want a port of the proxy's own choice and the target of .env", line)
-	}
-	p.stderr.waitFor(t, "EXPECTED_KEY is set")
-
-	env["TARGET_URL"] = "http://127.0.0.1:1/openai"
-	_, before := startProgram(t, "", env).stderr.waitFor(t, "EXPECTED_KEY")
-	if log := strings.Join(before, "\n"); strings.Contains(log, ".env") ||
-		!strings.Contains(log, "listening on 127.0.0.1:") {
-		t.Errorf("without .env the log says %s", log)
-	}
-}
-
-// TestDotEnvCannotTakeTheToken has a .env name a proxy and a certificate of somebody else's. The
-// environment names a proxy in lower case, which counts less to the Go library.
-func TestDotEnvCannotTakeTheToken(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("https_proxy is HTTPS_PROXY there")
-	}
-	identity := newFakeIdentity(t)
-	forged := newUpstream(t, func(w http.ResponseWriter,
-		r *http.Request) {
-		t.Errorf("%s came here", r.URL)
-	})
-	right := newUpstream(t, answerRaw("HTTP/1.1 403 No\r\n\r\n"))
-	dotEnv := "HTTPS_PROXY=" + forged.URL + "\nSSL_CERT_FILE=evil.pem\nGODEBUG=x509ignoreCN=0\n" +
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST=" + forged.URL +
-		"\nEXPECTED_KEY=s3cret\nPORT=1\nmy-var=1\n"
-	p := startProgram(t, dotEnv, vars{"TARGET_URL": "https://resource.example/openai/", "PORT": "0",
-		"HOST": "127.0.0.1", "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
-		"https_proxy": right.URL})
-	line, _ := p.stderr.waitFor(t, "read .env")
-	if !strings.HasSuffix(line, "for what the environment leaves out: EXPECTED_KEY") {
-		t.Errorf("got %q, want the name of what is taken", line)
-	}
-	line, _ = p.stderr.waitFor(t, "not taken from .env")
-	if !strings.HasSuffix(line, ": AZURE_POD_IDENTITY_AUTHORITY_HOST, HTTPS_PROXY, "+
-		"SSL_CERT_FILE, GODEBUG") {
-		t.Errorf("got %q, want the names of what is not taken", line)
-	}
-	req, _ := http.NewRequest("GET", "http://"+p.listens(t)+"/v1/models", nil)
-	req.Header.Set("api-key", "s3cret")
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if body, _ := io.ReadAll(resp.Body); !strings.Contains(string(body),
-		"HTTPS_PROXY answered 403") {
-		t.Errorf("got %s, want the answer of the environment's proxy", body)
-	}
-}
-
-// TestDirectoryOrDeviceIsNoDotEnv: Python keeps environments in a directory of
-// that name, and some devices have no end.
-func TestDirectoryOrDeviceIsNoDotEnv(t *testing.T) {
-	for _, name := range []string{t.TempDir(), os.DevNull} {
-		if _, lines, err := readDotEnv(name, os.Getenv); err != nil || lines != nil {
-			t.Errorf("%s: got %q, %v", name, lines, err)
-		}
+	if len(seen) < 23 {
+		t.Errorf("found %d variables only: %v", len(seen), seen)
 	}
 }
 
 // TestLostLogEndsNothing: whoever reads stderr may go away.
 func TestLostLogEndsNothing(t *testing.T) {
 	identity := newFakeIdentity(t)
-	p := startProgram(t, "", vars{"TARGET_URL": nobody + "/openai/", "PORT": "0",
+	p := startProgram(t, safetyNet, vars{"TARGET_URL": nobody + "/openai/", "PORT": "0",
 		"HOST":                              "127.0.0.1",
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
 	addr := p.listens(t)
@@ -1062,135 +729,31 @@ func TestLostLogEndsNothing(t *testing.T) {
 	}
 }
 
-// TestTLSOffersWhatTodaysGoOffers looks at the ClientHello for what "go 1.22" in go.mod would bring
-// back, and at the way to have it back in need.
-func TestTLSOffersWhatTodaysGoOffers(t *testing.T) {
-	if goversion.Compare(runtime.Version(), "go1.25") < 0 {
-		t.Skip(runtime.Version() + " does not know all of the settings")
-	}
-	identity := newFakeIdentity(t)
-	for godebug, old := range map[string]bool{"": false, "http2debug=0": false,
-		"tlssha1=1,tlsmlkem=0": true} {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		hellos := make(chan *tls.ClientHelloInfo, 1)
-		go func() {
-			defer close(hellos)
-			conn, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			defer conn.Close()
-			tls.Server(conn,
-				&tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config,
-					error) {
-					hellos <- hello
-					return nil, errors.New("seen enough")
-				}}).Handshake()
-		}()
-		p := startProgram(t, "", vars{"TARGET_URL": "https://" + ln.Addr().String(),
-			"GODEBUG":                           godebug,
-			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, "-check")
-		if status, _ := p.end(); status != 1 {
-			t.Errorf("exit status %d, want 1", status)
-		}
-		ln.Close()
-		hello := <-hellos
-		if hello == nil {
-			t.Fatalf("no ClientHello; the check says %s", &p.stdout)
-		}
-		if slices.ContainsFunc(hello.CipherSuites, func(suite uint16) bool {
-			return suite == tls.TLS_RSA_WITH_3DES_EDE_CBC_SHA ||
-				suite == tls.TLS_ECDHE_RSA_WITH_3DES_EDE_CBC_SHA
-		}) {
-			t.Errorf("GODEBUG=%s: offers 3DES", godebug)
-		}
-		sha1 := slices.Contains(hello.SignatureSchemes, tls.PKCS1WithSHA1) ||
-			slices.Contains(hello.SignatureSchemes, tls.ECDSAWithSHA1)
-		postQuantum := slices.Contains(hello.SupportedCurves, tls.CurveID(4588)) // X25519MLKEM768
-		if sha1 != old || postQuantum == old {
-			t.Errorf("GODEBUG=%s: SHA-1 is offered: %v, post-quantum key exchange: %v", godebug,
-				sha1, postQuantum)
-		}
-	}
-}
-
-// TestTLSDefaultsAreKnownToGo: Go ignores a name in GODEBUG that it does not know, and so a
-// misspelt one too.
-func TestTLSDefaultsAreKnownToGo(t *testing.T) {
-	since := map[string]int{
-		"tls3des": 23, "x509negativeserial": 23, "tlsmlkem": 24, "rsa1024min": 24, "tlssha1": 25,
-		"tlssecpmlkem": 26, "x509sslcertoverrideplatform": 27,
-	}
-	table, err := os.ReadFile(filepath.Join(build.Default.GOROOT,
-		"src/internal/godebugs/table.go"))
-	if err != nil {
-		t.Skip(err)
-	}
-	var running int // 22 for Go 1.22
-	if _, err := fmt.Sscanf(runtime.Version(), "go1.%d", &running); err != nil {
-		t.Skip(err)
-	}
-	if len(tlsDefaults) != len(since) {
-		t.Errorf("%d defaults, want %d", len(tlsDefaults), len(since))
-	}
-	for _, setting := range tlsDefaults {
-		name, _, _ := strings.Cut(setting, "=")
-		version, listed := since[name]
-		known := strings.Contains(string(table), `{Name: "`+name+`",`)
-		if !listed || running >= version && !known {
-			t.Errorf("%s: not known to %s", name, runtime.Version())
-		}
-	}
-}
-
-func TestListensWhereSettingsSay(t *testing.T) {
+// TestListensWhereHostSays, and on loopback without it, whatever the key.
+func TestListensWhereHostSays(t *testing.T) {
 	identity := newFakeIdentity(t)
 	upstream := newUpstream(t, http.NotFound)
-	const local, everywhere = "127.0.0.1 ::1", "127.0.0.1 127.0.0.2 ::1"
-	hasIPv6 := len(listenHosts("", "")) == 2
-	tests := []struct {
-		name  string
-		env   vars
-		addrs string // in the log
-		reach string
-		says  string
-	}{
-		{"neither", vars{"HOST": ""}, "127.0.0.1:PORT [::1]:PORT", local,
-			"no EXPECTED_KEY: every user of this host, and nobody else"},
-		{"key", vars{"HOST": "", "EXPECTED_KEY": "k"}, ":PORT", everywhere, "EXPECTED_KEY is set"},
-		{"host", vars{"HOST": "127.0.0.1"}, "127.0.0.1:PORT", "127.0.0.1",
-			"no EXPECTED_KEY: every user of this host"},
-		{"host and key", vars{"HOST": "127.0.0.1", "EXPECTED_KEY": "k"}, "127.0.0.1:PORT",
-			"127.0.0.1", "EXPECTED_KEY is set"},
-		{"IPv6 host", vars{"HOST": "::1"}, "[::1]:PORT", "::1",
-			"no EXPECTED_KEY: every user of this host"},
-		{"every IPv4 address", vars{"HOST": "0.0.0.0"}, "0.0.0.0:PORT", "127.0.0.1 127.0.0.2",
-			"warning: no EXPECTED_KEY"},
-		{"IPv6 host in brackets", vars{"HOST": "[::1]", "EXPECTED_KEY": "k"}, "[::1]:PORT", "::1",
-			"EXPECTED_KEY is set"},
-		{"forgotten path", vars{"TARGET_URL": upstream.URL}, "127.0.0.1:PORT", "127.0.0.1",
-			"no EXPECTED_KEY"},
-		{"Claude", vars{"TARGET_URL": upstream.URL + "/anthropic/"}, "127.0.0.1:PORT", "127.0.0.1",
-			"no EXPECTED_KEY"},
-		{"Foundry's models", vars{"TARGET_URL": upstream.URL + "/models"}, "127.0.0.1:PORT",
-			"127.0.0.1", "no EXPECTED_KEY"},
-		{"GPT and Claude",
-			vars{"TARGET_URL": upstream.URL + "/openai " + upstream.URL + "/anthropic"},
-			"127.0.0.1:PORT", "127.0.0.1", "no EXPECTED_KEY"},
+	const local = "no EXPECTED_KEY: every user of this host, and nobody else"
+	hasIPv6 := len(listenHosts("")) == 2
+	tests := []struct{ name, host, key, addrs, reach, says string }{
+		{"neither", "", "", "127.0.0.1:PORT [::1]:PORT", "127.0.0.1 ::1", local},
+		{"key", "", "k", "127.0.0.1:PORT [::1]:PORT", "127.0.0.1 ::1", "HOST=0.0.0.0 lets others in"},
+		{"host", "127.0.0.1", "", "127.0.0.1:PORT", "127.0.0.1", local},
+		{"host and key", "127.0.0.1", "k", "127.0.0.1:PORT", "127.0.0.1", "EXPECTED_KEY is set"},
+		{"IPv6 host", "[::1]", "", "[::1]:PORT", "::1", local},
+		{"every IPv4 address", "0.0.0.0", "", "0.0.0.0:PORT", "127.0.0.1 127.0.0.2",
+			"warning: no EXPECTED_KEY: whoever reaches this port"},
+		{"every address", "::", "k", "[::]:PORT", "127.0.0.1 127.0.0.2 ::1",
+			"EXPECTED_KEY is set: whoever has the key"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if strings.Contains(tt.env["HOST"], "::1") && !hasIPv6 {
+			if strings.Contains(tt.host, ":") && !hasIPv6 {
 				t.Skip("no IPv6 here")
 			}
 			lines := followLog(t)
-			p := newTestProxy(t, identity, upstream, tt.env)
-			// Another program may have this port on another address.
-			accepted := make(chan string, 9)
+			p := newTestProxy(t, identity, upstream, vars{"HOST": tt.host, "EXPECTED_KEY": tt.key})
+			accepted := make(chan string, 9) // another program may have this port elsewhere
 			p.server.ConnState = func(conn net.Conn, state http.ConnState) {
 				if state == http.StateNew {
 					accepted <- conn.LocalAddr().(*net.TCPAddr).IP.String()
@@ -1201,309 +764,134 @@ func TestListensWhereSettingsSay(t *testing.T) {
 			if !strings.Contains(line, tt.says) {
 				t.Errorf("the log says %q, want %q", line, tt.says)
 			}
+			skip := func(addr string) bool {
+				return strings.Contains(addr, "::1") && !hasIPv6 ||
+					addr == "127.0.0.2" && runtime.GOOS != "linux" // it may not be there
+			}
+			_, port, _ := net.SplitHostPort(p.addr)
 			var got, want []string
-			warned := false
 			for _, line := range before {
 				if _, addr, ok := strings.Cut(line, "proxy listening on "); ok {
 					got = append(got, addr)
 				}
-				warned = warned || strings.Contains(line,
-					"warning: TARGET_URL has "+upstream.URL+"/ without /openai/")
 			}
-			if warned != (tt.name == "forgotten path") {
-				t.Errorf("warned of a path without openai: %v", warned)
-			}
-			everyInterface := ""
-			if tt.name == "key" {
-				everyInterface = " (every interface, plain HTTP; HOST=127.0.0.1 for this host only)"
-			}
-			_, port, _ := net.SplitHostPort(p.addr)
 			for _, addr := range strings.Fields(strings.ReplaceAll(tt.addrs, "PORT", port)) {
-				if !strings.HasPrefix(addr, "[::1]") || hasIPv6 {
-					want = append(want, addr+" ➜ "+p.cfg.targets.String()+everyInterface)
-				}
+				want = append(want, addr+" ➜ "+upstream.URL+"/openai/")
 			}
-			if !slices.Equal(got, want) || port == "0" {
+			if want = slices.DeleteFunc(want, skip); !slices.Equal(got, want) {
 				t.Errorf("the log says it listens on %q, want %q", got, want)
 			}
-			var reached []string
 			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true},
 				Timeout: safetyNet}
-			hosts := []string{"127.0.0.1", "::1"}
-			if runtime.GOOS == "linux" { // elsewhere 127.0.0.2 may not be there
-				hosts = []string{"127.0.0.1", "127.0.0.2", "::1"}
-			}
-			for _, host := range hosts {
-				if resp, err := client.Get("http://" + net.JoinHostPort(host, port) +
-					"/healthz"); err == nil {
+			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+				if skip(host) {
+					continue
+				}
+				resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+				if err == nil {
 					resp.Body.Close()
 				}
 			}
+			var reached []string
 			for range len(accepted) {
 				reached = append(reached, <-accepted)
 			}
-			reach := slices.DeleteFunc(strings.Fields(tt.reach), func(host string) bool {
-				return host == "127.0.0.2" && runtime.GOOS != "linux" || host == "::1" && !hasIPv6
-			})
-			if !slices.Equal(reached, reach) {
-				t.Errorf("it can be reached at %q, want %q", reached, reach)
+			want = slices.DeleteFunc(strings.Fields(tt.reach), skip)
+			if !slices.Equal(reached, want) {
+				t.Errorf("it can be reached at %q, want %q", reached, want)
 			}
 		})
 	}
 }
 
-// TestTokenIsHadBeforeTheFirstRequest: it is fetched at the start.
-func TestTokenIsHadBeforeTheFirstRequest(t *testing.T) {
-	followLog(t)
-	asked := make(chan bool, 1)
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, tokenAnswer("token-1", time.Hour))
-		asked <- true
-	})
-	startProxy(t, identity, newUpstream(t, nil), nil)
-	select {
-	case <-asked:
-	case <-time.After(safetyNet):
-		t.Error("the identity endpoint was not asked")
+// TestClientThatSpeaksTLSIsTold, once for a connection. Its user sees nothing of that.
+func TestClientThatSpeaksTLSIsTold(t *testing.T) {
+	logged := followLog(t)
+	p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound), nil)
+	p.do(t, "GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	conn, r := p.dial(t, "")
+	tlsClient := tls.Client(conn, &tls.Config{ServerName: "localhost"})
+	if err := tlsClient.Handshake(); err == nil {
+		t.Error("the proxy speaks TLS")
+	}
+	io.ReadAll(r)
+	line, _ := logged.waitFor(t, "speaks TLS")
+	want := "client " + conn.LocalAddr().String() + " speaks TLS: give it http:// in its base URL"
+	if !strings.HasSuffix(line, want) || strings.Count(logged.String(), "speaks TLS") != 1 {
+		t.Errorf("got %s, want %q once", logged, want)
 	}
 }
 
-// TestStartTellsOfTheFirstToken, once.
-func TestStartTellsOfTheFirstToken(t *testing.T) {
-	const object = "11111111-2222-3333-4444-555555555555"
-	jwt := "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(
-		`{"oid":"`+object+`\nforged"}`)) + ".c2lnbmF0dXJl"
-	upstream := newUpstream(t, http.NotFound)
-	identity := newFakeIdentity(t)
-	host := strings.TrimPrefix(identity.URL, "http://")
-
-	t.Run("it comes", func(t *testing.T) {
-		identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprint(w, tokenAnswer(jwt, time.Hour))
-		})
-		p := startProgram(t, "", vars{"TARGET_URL": upstream.URL, "PORT": "0",
-			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
-		line, _ := p.stderr.waitFor(t, "token ready: ")
-		want := "object id " + object + " forged, expires "
-		if !strings.Contains(line, want) || !strings.HasSuffix(line, ", from IMDS at "+host) {
-			t.Errorf("got %q", line)
-		}
-	})
-
-	t.Run("another comes", func(t *testing.T) {
-		logged := followLog(t)
-		p := startProxy(t, identity, upstream, nil)
-		logged.waitFor(t, "token ready: ")
-		held, err := p.tokens.current(context.Background())
-		if err != nil {
-			t.Fatal(err)
-		}
-		asked := make(chan bool, 9)
-		identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprint(w, tokenAnswer("another", time.Hour))
-			asked <- true
-		})
-		p.tokens.rejected(held)
-		<-asked
-		for held.authorization != "Bearer another" {
-			if held, err = p.tokens.current(context.Background()); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if text := logged.String(); strings.Count(text, "token ready") != 1 {
-			t.Errorf("got %s", text)
-		}
-	})
-
-	t.Run("it is refused", func(t *testing.T) {
-		identity.answerWith(refuse(400, "", noIdentity))
-		logged := followLog(t)
-		p := startProxy(t, identity, upstream, nil)
-		logged.waitFor(t, "no token yet: IMDS at "+host+" answered 400: ")
-		p.tokens.tellLate(errors.New("another reason"))
-		if text := logged.String(); strings.Count(text, "no token yet") != 1 ||
-			!strings.Contains(text, "; trying goes on\n") {
-			t.Errorf("got %s", text)
-		}
-	})
-
-	t.Run("it is late", func(t *testing.T) {
-		release := make(chan bool)
-		identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-			<-release
-			fmt.Fprint(w, tokenAnswer(jwt, time.Hour))
-		})
-		logged := followLog(t)
-		p := newTestProxy(t, identity, upstream, nil)
-		p.lateTime = 0
-		p.start(t)
-		logged.waitFor(t, "no token yet: IMDS at "+host+" has not answered yet; "+
-			"hint: only Azure hosts have it; trying goes on")
-		close(release)
-		logged.waitFor(t, "token ready: ")
-	})
-
-	t.Run("it is tried again", func(t *testing.T) {
-		identity.answerWith(refuse(500, "", "no"))
-		logged := followLog(t)
-		p := newTestProxy(t, identity, upstream, nil)
-		tried := make(chan bool)
-		p.cfg.endpoint.sleep = func(ctx context.Context, _ time.Duration) {
-			tried <- true
-			<-ctx.Done()
-		}
-		p.start(t)
-		<-tried
-		logged.waitFor(t, "no token yet: IMDS at "+host+" answered 500: no; trying goes on")
-	})
-
-	t.Run("it is stopped before", func(t *testing.T) {
-		ctx, stop := context.WithCancel(context.Background())
-		identity.answerWith(func(_ http.ResponseWriter, r *http.Request) {
-			stop()
-			<-r.Context().Done()
-		})
-		logged := followLog(t)
-		p := newTestProxy(t, identity, upstream, nil)
-		if _, err := p.cfg.endpoint.fetch(ctx); err == nil {
-			t.Error("got a token")
-		}
-		if text := logged.String(); text != "" {
-			t.Errorf("got %s", text)
-		}
-	})
-}
-
-// TestLogOfTheGoLibraryIsSafeToo has the upstream send the token after its answer, which net/http
-// logs.
-func TestLogOfTheGoLibraryIsSafeToo(t *testing.T) {
-	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter,
-		_ *http.Request) {
-		fmt.Fprint(w, tokenAnswer(token, time.Hour))
-	})
-	p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1",
-		"TARGET_URL": newUpstream(t,
-			answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"+token)).URL,
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
-	resp, err := http.Get("http://" + p.listens(t) + "/x")
-	if err != nil {
-		t.Fatal(err)
+// TestLogLineIsOneAndBounded, whatever is written.
+func TestLogLineIsOneAndBounded(t *testing.T) {
+	token := strings.Repeat("t", 1200)
+	tests := []struct{ name, line, want string }{
+		{"plain", "a ➜ b\n", "a ➜ b\n"},
+		{"forged", "a\n2026/03/01 forged\r\u202e\u2028\u0085\x1b[2J\x00b\n",
+			"a 2026/03/01 forged     [2J b\n"},
+		{"no UTF-8", "a\xffb\n", "a\ufffdb\n"},
+		{"at the limit", strings.Repeat("x", maxLine) + "\n", strings.Repeat("x", maxLine) + "\n"},
+		{"too long", "a " + token + "\n", "a " + token[:maxLine-2] + "…\n"},
+		{"too long, cut within a rune", token[:maxLine-1] + "ü\n", token[:maxLine-1] + "…\n"},
+		{"an answer that nobody asked for",
+			`Unsolicited response received on idle HTTP channel starting with "` + token + "\n",
+			"Unsolicited response received on idle HTTP channel\n"},
 	}
-	resp.Body.Close()
-	line, _ := p.stderr.waitFor(t, "Unsolicited response")
-	if strings.Contains(line, "t0k3n") || !strings.Contains(line, "REDACTED") {
-		t.Errorf("got %s", line)
+	for _, tt := range tests {
+		var out strings.Builder
+		n, err := lineWriter{&out}.Write([]byte(tt.line))
+		if out.String() != tt.want || n != len(tt.line) || err != nil {
+			t.Errorf("%s: got %q, %d, %v; want %q", tt.name, &out, n, err, tt.want)
+		}
 	}
 }
 
-// main.go: routes and probes.
+// main.go: the routes.
 
 func TestProbesAreAnsweredHereAndNeedNoKey(t *testing.T) {
 	fine, none := newFakeIdentity(t), newFakeIdentity(t)
-	none.answerWith(func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, 400, noIdentity) })
+	none.answerWith(refuse(400, "", noIdentity))
 	tests := []struct {
 		name, method, path string
 		identity           *fakeIdentity
-		debug              string
 		status             int
 		body               string
 	}{
-		{"root", "GET", "/", fine, "", 200, "ok\n"},
-		{"healthz", "GET", "/healthz", fine, "", 200, "ok\n"},
-		{"healthz at debug", "GET", "/healthz?x=1", fine, "debug", 200, "ok\n"},
-		{"HEAD healthz", "HEAD", "/healthz", fine, "", 200, ""},
-		{"readyz", "GET", "/readyz", fine, "", 200, "ok\n"},
-		{"readyz without a token", "GET", "/readyz", none, "", 503, "Identity not found"},
-		{"POST to the root is no probe", "POST", "/", fine, "", 401, "invalid_api_key"},
+		{"root", "GET", "/", fine, 200, "ok\n"},
+		{"healthz", "GET", "/healthz?x=1", fine, 200, "ok\n"},
+		{"HEAD healthz", "HEAD", "/healthz", fine, 200, ""},
+		{"base URL", "GET", "/v1", fine, 200, "ok\n"},
+		{"base URL of Claude Code", "HEAD", "/anthropic", fine, 200, ""},
+		{"base URL, doubled", "GET", "//openai/v1//v1/", fine, 200, "ok\n"},
+		{"readyz", "GET", "/readyz", fine, 200, "ok\n"},
+		{"readyz without a token", "GET", "/readyz", none, 503, "no token\n"},
+		{"POST to the root is no probe", "POST", "/", fine, 401, "invalid_api_key"},
+		{"POST to a base URL is no probe", "POST", "/v1", fine, 401, "invalid_api_key"},
+		{"healthz below a base URL is no probe", "GET", "/v1/healthz", fine, 401, "invalid_api_key"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			upstream := newUpstream(t, func(_ http.ResponseWriter,
-				r *http.Request) {
+			upstream := newUpstream(t, func(_ http.ResponseWriter, r *http.Request) {
 				t.Errorf("%s was forwarded", r.URL)
 			})
 			logged := followLog(t)
-			p := startProxy(t, tt.identity, upstream,
-				vars{"EXPECTED_KEY": "s3cret", "AZURE_LOG_LEVEL": tt.debug})
-			req, _ := http.NewRequest(tt.method, p.url+tt.path, nil)
-			resp, err := http.DefaultClient.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer resp.Body.Close()
-			body, _ := io.ReadAll(resp.Body)
-			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.body) ||
-				tt.method == "HEAD" && len(body) > 0 {
+			p := startProxy(t, tt.identity, upstream, vars{"EXPECTED_KEY": "s3cret"})
+			logged.waitFor(t, "token") // the first try has ended
+			logged.waitFor(t, "token")
+			resp, body := p.do(t, tt.method+" "+tt.path+" HTTP/1.1\r\nHost: {host}\r\n"+
+				"Content-Length: 0\r\n\r\n")
+			if resp.StatusCode != tt.status || !strings.Contains(body, tt.body) {
 				t.Errorf("got %d %q, want %d %q", resp.StatusCode, body, tt.status, tt.body)
 			}
-			path, _, _ := strings.Cut(tt.path, "?")
-			if got, want := strings.Contains(logged.String(), path+" from "), tt.debug != "" ||
-				tt.status == 401; got != want {
-				t.Errorf("logged: %v, want %v: %s", got, want, logged)
+			if got := strings.Contains(logged.String(), " from 127"); got != (tt.status == 401) {
+				t.Errorf("logged: %v: %s", got, logged)
 			}
 		})
-	}
-}
-
-// TestReadyzTellsTheCauseToThisHostOnly, as the endpoint's words are nobody else's business.
-// TestWithoutATokenAKeyIsToldWhy, wherever its holder is.
-func TestWithoutATokenAKeyIsToldWhy(t *testing.T) {
-	followLog(t)
-	identity := newFakeIdentity(t)
-	identity.answerWith(refuse(400, "", noIdentity))
-	p := startProxy(t, identity, newUpstream(t, nil), vars{"EXPECTED_KEY": "sesame"})
-	for path, told := range map[string]bool{"/readyz": false, "/v1/models": true} {
-		r := httptest.NewRequest("GET", path, nil) // from 192.0.2.1
-		r.Header.Set("Api-Key", "sesame")
-		w := httptest.NewRecorder()
-		p.route(w, r)
-		if w.Code != 503 || strings.Contains(w.Body.String(), "Identity not found") != told {
-			t.Errorf("%s: got %d %s, told: %v", path, w.Code, w.Body, told)
-		}
-	}
-}
-
-func TestReadyzTellsTheCauseToThisHostOnly(t *testing.T) {
-	followLog(t)
-	identity := newFakeIdentity(t)
-	identity.answerWith(refuse(400, "", noIdentity))
-	p := startProxy(t, identity, newUpstream(t, nil), nil)
-	for _, tt := range []struct {
-		caller, host string
-		told         bool
-	}{
-		{"127.0.0.1:5000", "localhost", true},
-		{"[::1]:5000", "[::1]:8081", true},
-		{"127.0.0.1:5000", "rebound.example", false},
-		{"192.0.2.1:5000", "localhost", false},
-		{"[2001:db8::1]:5000", "localhost", false},
-		{"", "localhost", false},
-	} {
-		for _, path := range []string{"/readyz", "/v1/models"} {
-			local := context.WithValue(context.Background(), http.LocalAddrContextKey,
-				&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-			r := httptest.NewRequest("GET", path, nil).WithContext(local)
-			r.RemoteAddr, r.Host = tt.caller, tt.host
-			w := httptest.NewRecorder()
-			p.route(w, r)
-			told := strings.Contains(w.Body.String(), "no token: IMDS at ") &&
-				strings.Contains(w.Body.String(), "Identity not found")
-			refused := path != "/readyz" && tt.host == "rebound.example"
-			if w.Code != 503 && !refused || told != tt.told ||
-				strings.Contains(w.Body.String(), "IMDS") != told {
-				t.Errorf("%s from %q to %s: got %d %q, told: %v", path, tt.caller, tt.host, w.Code,
-					w.Body, tt.told)
-			}
-		}
 	}
 }
 
 // TestHTTP10ConnectionsEndWithTheirAnswer: the server ignores the framing of a chunked body there,
-// and
-// would take the body for the next request (golang/go#12785).
+// and would take the body for the next request (golang/go#12785).
 func TestHTTP10ConnectionsEndWithTheirAnswer(t *testing.T) {
 	logged := followLog(t)
 	var forwarded atomic.Int64
@@ -1552,40 +940,6 @@ func TestHTTP10ConnectionsEndWithTheirAnswer(t *testing.T) {
 
 // main.go: the stop.
 
-func TestStreamsAndTunnelsOutliveSignal(t *testing.T) {
-	identity := newFakeIdentity(t)
-	upstream, release := heldUpstream(t, identity)
-	lines := followLog(t)
-	p := startProxy(t, identity, upstream, nil)
-	stream := openStream(t, p.url)
-	conn, echo := openTunnel(t, p.addr)
-	p.signals <- syscall.SIGTERM
-	lines.waitFor(t, "draining 2 streams (up to 10m0s")
-
-	for deadline := time.Now().Add(safetyNet); ; { // the listener closes just after the log says so
-		conn, err := net.Dial("tcp", p.addr)
-		if err != nil {
-			break
-		}
-		if conn.Close(); time.Now().After(deadline) {
-			t.Fatal("draining: still accepts connections")
-		}
-	}
-	close(release)
-	if rest, err := io.ReadAll(stream); err != nil || string(rest) != "data: 2\n\n" {
-		t.Errorf("after the signal the stream went on with %q, %v", rest, err)
-	}
-	for range 1000 { // longer than a server lives that knows nothing of tunnels
-		if err := echo(); err != nil {
-			t.Fatalf("after the signal the tunnel: %v", err)
-		}
-	}
-	writeFrame(conn, 8, nil)
-	conn.Close()
-	lines.waitFor(t, "stopped")
-	<-p.stopped
-}
-
 func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("has no signals between processes")
@@ -1594,13 +948,10 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 		t.Run(fmt.Sprintf("patient=%v", patient), func(t *testing.T) {
 			identity := newFakeIdentity(t)
 			upstream, release := heldUpstream(t, identity)
-			p := startProgram(t, "", vars{"TARGET_URL": upstream.URL + "/openai/", "PORT": "0",
+			p := startProgram(t, safetyNet, vars{"TARGET_URL": upstream.URL + "/openai/", "PORT": "0",
 				"HOST":                              "127.0.0.1",
 				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
-			line, _ := p.stderr.waitFor(t, "proxy listening on 127.0.0.1:")
-			_, line, _ = strings.Cut(line, "listening on ")
-			addr, _, _ := strings.Cut(line, " ➜ ")
-
+			addr := p.listens(t)
 			stream := openStream(t, "http://"+addr)
 			conn, echo := openTunnel(t, addr)
 			p.Process.Signal(syscall.SIGTERM)
@@ -1619,13 +970,11 @@ func TestSignalsEndTheProgramWithStatusZero(t *testing.T) {
 				if err := echo(); err != nil {
 					t.Errorf("after the signal the tunnel: %v", err)
 				}
-				writeFrame(conn, 8, nil)
 				conn.Close()
 			}
-			status, stderr := p.end()
-			text := strings.Join(stderr, "\n")
+			status, text := p.end()
 			if status != 0 || !strings.Contains(text, " stopped") {
-				t.Errorf("got exit status %d and %q, want 0 and stopped", status, stderr)
+				t.Errorf("got exit status %d and %q, want 0 and stopped", status, text)
 			}
 			if told := strings.Contains(text, "breaking off 2 streams"); told == patient {
 				t.Errorf("the log tells of broken streams: %v\n%s", told, text)
@@ -1670,7 +1019,7 @@ func TestDrainEndsWhatRunsTooLong(t *testing.T) {
 func TestDrainDelayGoesOnAccepting(t *testing.T) {
 	logged := followLog(t)
 	identity := newFakeIdentity(t)
-	upstream := newUpstream(t, fakeAzure(identity, nil))
+	upstream, _ := heldUpstream(t, identity)
 	p := startProxy(t, identity, upstream, vars{"DRAIN_DELAY": "10m"})
 	const request = "GET %s HTTP/1.1\r\nHost: {host}\r\n\r\n"
 	kept, r := p.dial(t, fmt.Sprintf(request, "/v1/models"))
@@ -1739,7 +1088,7 @@ func TestSystemdIsToldOfStartAndStop(t *testing.T) {
 			}
 			return string(text[:n])
 		}
-		p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1", "DRAIN_DELAY": "10m",
+		p := startProgram(t, safetyNet, vars{"PORT": "0", "HOST": "127.0.0.1", "DRAIN_DELAY": "10m",
 			"TARGET_URL": nobody, "AZURE_POD_IDENTITY_AUTHORITY_HOST": nobody,
 			"NOTIFY_SOCKET": name})
 		if got := told(); got != "READY=1" {
@@ -1756,13 +1105,13 @@ func TestSystemdIsToldOfStartAndStop(t *testing.T) {
 		}
 		p.Process.Signal(syscall.SIGTERM)
 		if status, stderr := p.end(); status != 0 ||
-			strings.Contains(strings.Join(stderr, "\n"), "NOTIFY_SOCKET") {
+			strings.Contains(stderr, "NOTIFY_SOCKET") {
 			t.Errorf("%s: got exit status %d and %q", name, status, stderr)
 		}
 	}
 
 	// A socket that is not there ends nothing.
-	p := startProgram(t, "", vars{"PORT": "0", "HOST": "127.0.0.1", "TARGET_URL": nobody,
+	p := startProgram(t, safetyNet, vars{"PORT": "0", "HOST": "127.0.0.1", "TARGET_URL": nobody,
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": nobody, "NOTIFY_SOCKET": short + "/none"})
 	p.stderr.waitFor(t, "NOTIFY_SOCKET: dial unixgram "+short+"/none: ")
 	p.Process.Signal(syscall.SIGTERM)
@@ -1787,13 +1136,11 @@ func TestDrainDelayEnds(t *testing.T) {
 }
 
 // TestRestartsOneByOneLoseNothing: three replicas, processes of their own, are restarted under load
-// behind a balancer that learns of their state late.
+// behind a balancer that learns of their state late. It takes half a minute, and so .ci/run asks for
+// it by name.
 func TestRestartsOneByOneLoseNothing(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes half a minute")
-	}
-	if runtime.GOOS == "windows" {
-		t.Skip("has no signals between processes")
+	if os.Getenv("AOAI_PROXY_ROLLING_RESTART") != "1" {
+		t.Skip("AOAI_PROXY_ROLLING_RESTART is not 1")
 	}
 	const streams, perSecond, events = 50, 50, 20
 	identity := newFakeIdentity(t)
@@ -1817,7 +1164,7 @@ func TestRestartsOneByOneLoseNothing(t *testing.T) {
 	b := newBalancer(t)
 	replicas := make([]*program, 3)
 	start := func(i int) {
-		replicas[i] = startProgramFor(t, 5*time.Minute, "", vars{"PORT": "0", "HOST": "127.0.0.1",
+		replicas[i] = startProgram(t, 5*time.Minute, vars{"PORT": "0", "HOST": "127.0.0.1",
 			"TARGET_URL": upstream.URL + "/openai/", "DRAIN_DELAY": "6s",
 			"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
 		b.add(replicas[i].listens(t))
@@ -2022,9 +1369,9 @@ func (b *balancer) pass(client net.Conn) {
 func TestHalfAHeadIsNotWaitedFor(t *testing.T) {
 	followLog(t)
 	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil), nil)
-	// 50 ms each; no limit would stay none.
-	p.server.ReadHeaderTimeout, p.server.IdleTimeout = p.server.ReadHeaderTimeout/300,
-		p.server.IdleTimeout/2400
+	// Some milliseconds; no limit would stay none.
+	p.server.ReadHeaderTimeout /= 300
+	p.server.IdleTimeout /= 2400
 	p.start(t)
 	for _, sent := range []string{"", "GET /healthz HTT",
 		"GET /healthz HTTP/1.1\r\nHost: {host}\r\n",
@@ -2038,308 +1385,107 @@ func TestHalfAHeadIsNotWaitedFor(t *testing.T) {
 
 // main.go: -check.
 
-// reply is what a fake answers in a test of the check.
-type reply struct {
-	status int
-	body   string
-}
-
 // runCheck is -check with the environment env.
 func runCheck(env vars, out io.Writer) error {
-	before := log.Writer()
-	defer log.SetOutput(before) // check has put a writer of its own in front of it
 	cfg, err := loadConfig(func(name string) string { return env[name] })
-	return check(cfg, err, nil, out, false)
+	return check(cfg, err, lineWriter{out})
 }
 
 func TestCheckTellsWhatIsWrong(t *testing.T) {
+	followLog(t)
 	const object, cognitive = "11111111-2222-3333-4444-555555555555",
 		"https://cognitiveservices.azure.com"
-	jwt := func(aud, oid string) string {
-		payload := fmt.Sprintf(`{"aud":%q,"tid":"tenant-1","oid":%q,"appid":"client-1"}`, aud, oid)
-		return "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(payload)) +
-			".c2lnbmF0dXJl"
+	type reply struct {
+		status int
+		body   string
 	}
-	gives := func(aud, oid string) reply {
-		return reply{200,
-			tokenAnswer(jwt(aud, oid), time.Hour)}
+	gives := func(aud string) reply {
+		payload := fmt.Sprintf(`{"aud":%q,"tid":"tenant-1","oid":%q,"appid":"client-1"}`, aud, object)
+		jwt := "e30." + base64.RawURLEncoding.EncodeToString([]byte(payload)) + ".c2lnbmF0dXJl"
+		return reply{200, tokenAnswer(jwt, time.Hour)}
 	}
 	said := func(status int, code, message string) reply {
 		return reply{status, fmt.Sprintf(`{"error":{"code":%q,"message":%q}}`, code, message)}
 	}
-	token := gives(cognitive, object)
-	claude := reply{400, `{"type":"error","error":{"type":"invalid_request_error","message":"mo` +
-		`del: Field required"}}`}
-	long := jwt(cognitive, strings.Repeat("0", 3000))
-	const role = "az role assignment create --assignee-object-id "
-
+	token, list := gives(cognitive), reply{200, `{}`}
+	claude := reply{400, `{"type":"error","error":{"type":"invalid_request_error","message":"no"}}`}
 	untrusted := httptest.NewUnstartedServer(http.NotFoundHandler())
 	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
 	untrusted.StartTLS()
 	defer untrusted.Close()
-	var identityReply, upstreamReply reply
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter,
-		r *http.Request) {
-		writeJSON(w, identityReply.status, identityReply.body)
-	})
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body)
-		asked := r.Method + " " + r.RequestURI + " " + string(body)
-		message := strings.HasPrefix(asked, "POST /anthropic/v1/messages") &&
-			string(body) == "{}" &&
-			r.Header.Get("Anthropic-Version") != "" &&
-			r.Header.Get("Content-Type") == "application/json"
-		token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
-		if r.Method != "GET" && !message || !strings.Contains(identityReply.body, token) {
-			t.Errorf("%s with %v", asked, r.Header)
-		}
-		writeJSON(w, upstreamReply.status, upstreamReply.body)
-	})
-	target := upstream.URL + "/openai/"
 
 	tests := []struct {
-		name     string
-		target   string
-		identity reply
-		upstream reply
-		want     []string // in the output; of a fault, the first is the step that fails
+		name, target       string // URL is the upstream's
+		identity, upstream reply
+		want               string // the last line but one of what is fine, or the step that fails
+		below              string // what is below that
 	}{
-		{"everything fine", target, token, reply{200, `{}`},
-			[]string{"object id " + object, "tenant tenant-1", "client id client-1",
-				"/openai/models?api-version=2024-10-21: answered 200"}},
-		{"everything fine, v1", target + "v1/", token, reply{200, `{}`},
-			[]string{"/openai/v1/models: answered 200", "audience " + cognitive}},
-		{"opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)}, reply{200, `{}`},
-			[]string{"ok    upstream: "}},
-		{"service without a list of models", upstream.URL + "/models/", token,
-			reply{404, "\x1b[2J"},
-			[]string{"ok    upstream: ", "answered 404 Not Found, as services without a list of " +
-				"models do"}},
-		{"Claude", upstream.URL + "/anthropic/", token, claude, []string{"ok    upstream: ",
-			"POST " + upstream.URL + "/anthropic/v1/messages: answered 400 Bad Request: " +
-				"invalid_request_error"}},
-		{"path as the proxy has it", upstream.URL + "/a//openai/", token, reply{200, `{}`},
-			[]string{"ok    upstream: GET " + upstream.URL +
-				"/a//openai/models?api-version=2024-10-21: "}},
+		{"fine", "URL/openai/", token, list,
+			"ok    upstream: GET URL/openai/models?api-version=2024-10-21: answered 200 OK", ""},
+		{"fine, v1", "URL/openai/v1/", token, list,
+			"ok    upstream: GET URL/openai/models?api-version=2024-10-21: answered 200 OK", ""},
+		{"fine, opaque token", "URL/", reply{200, tokenAnswer("opaque", time.Hour)}, list,
+			"ok    upstream: GET URL/openai/models?api-version=2024-10-21: answered 200 OK", ""},
+		{"fine, Claude", "URL/anthropic/", token, claude,
+			"ok    upstream: POST URL/anthropic/v1/messages: answered 400 Bad Request: invalid_req", ""},
+		{"no list of models", "URL/models/", token, reply{404, "\x1b[2J"},
+			"answered 404 Not Found, as a gateway without a list of models does; the role is not", ""},
 
-		{"pasted URL of Claude", upstream.URL + "/anthropic/v1/messages/", token,
-			said(404, "404", "no"),
-			[]string{"FAIL  upstream: ", "hint: there is no such path: check TARGET_URL"}},
-		{"Claude answers an empty message", upstream.URL + "/anthropic/", token, reply{200, `{}`},
-			[]string{"FAIL  upstream: "}},
-		{"not Claude's own 400", upstream.URL + "/anthropic/", token,
-			said(400, "BadRequest", "API version"),
-			[]string{"FAIL  upstream: "}},
-		{"Claude at a regional endpoint", upstream.URL + "/anthropic/", token,
-			said(400, "BadRequest", "Please provide a custom subdomain for token authentication"),
-			[]string{"FAIL  upstream: ", "hint: a regional endpoint takes no tokens"}},
-		{"role missing, to an opaque token", target, reply{200, tokenAnswer("opaque", time.Hour)},
-			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
-
-		{"bad setting", "http://10.0.0.4/", token, reply{},
-			[]string{"FAIL  settings: TARGET_URL: ", "want https"}},
-		{"no identity", target, reply{400, noIdentity}, reply{},
-			[]string{"FAIL  token: ", `answered 400: ` +
-				`{"error":"invalid_request","error_description":"Identity not found"}`,
-				"hint: assign a managed identity to this host"}},
-		{"several identities", target, said(400, "invalid_request",
-			"Multiple user assigned identities exist, please specify the clientId / resourceId "+
-				"of the identity in the token request"), reply{},
-			[]string{"FAIL  token: ", "hint: set AZURE_CLIENT_ID"}},
-		{"wrong audience", target, gives("https://management.azure.com", object),
-			said(401, "401", "Access token is missing, invalid, audience is incorrect "+
-				"(https://cognitiveservices.azure.com), or have expired."),
-			[]string{"FAIL  upstream: ",
-				"hint: the token is for https://management.azure.com, the wrong audience: set " +
-					"AZURE_OPENAI_SCOPE"}},
-		{"role missing", target, token, said(401, "PermissionDenied",
-			"Principal does not have access to API/Operation."),
-			[]string{"FAIL  upstream: ", "object id " + object +
-				" lacks the role Cognitive Services OpenAI User", "takes minutes", role +
-				object + " ", `--role "Cognitive Services OpenAI User"`}},
-		{"role for Claude missing", upstream.URL + "/anthropic/", token,
-			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Cognitive Services User", role + object, "${resource:?",
-				`--role "Cognitive Services User"`}},
-		{"role for Foundry's models missing", upstream.URL + "/models/", token,
-			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Cognitive Services User", role + object, "${resource:?",
-				`--role "Cognitive Services User"`}},
-		{"role for a project missing", upstream.URL + "/api/projects/p/openai/v1/", token,
-			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ",
-				" lacks the role Azure AI User", role + object, `--role "Azure AI User"`}},
-		{"role missing, in other words", target, token,
-			said(401, "PermissionDenied", "The principal `"+object+"` lacks the required data "+
-				"action"), []string{"FAIL  upstream: ", role + object}},
-		{"role missing, to an id that is none", target, gives(cognitive, "$(touch x)"),
-			said(401, "PermissionDenied", "no"), []string{"FAIL  upstream: ", "lacks the role"}},
-		{"refused for another reason", target, token,
-			said(403, "AuthenticationTypeDisabled",
-				"Key based authentication is disabled for this resource."),
-			[]string{"FAIL  upstream: ", "a policy or network rule",
-				`it says: {"error":{"code":"AuthenticationTypeDisabled","message":"Key ` +
-					`based`}},
-		{"right audience", target, token, said(401, "401",
-			"Access token is missing, invalid, audience is incorrect "+
-				"(https://cognitiveservices.azure.com), or have expired."),
-			[]string{"FAIL  upstream: ",
-				"the token's audience is right: check this host's clock"}},
-		{"token echoed", target, reply{200, tokenAnswer(long, time.Hour)},
-			said(500, "500", "not this one: "+long),
-			[]string{"FAIL  upstream: ", "not this one: REDACTED"}},
-		{"half a token echoed", target, reply{200, tokenAnswer(long, time.Hour)},
-			said(500, "500", "not this one: "+long[:40]+"…"),
-			[]string{"FAIL  upstream: ", "not this one: REDACTED…"}},
-		{"forgotten path", upstream.URL, token, said(404, "404", "Resource not found"),
-			[]string{"FAIL  upstream: ", "hint: there is no such path",
-				"hint: TARGET_URL has " + upstream.URL + "/ without /openai/"}},
-		{"a web page", target, token, reply{200, "<html>log in</html>"},
-			[]string{"FAIL  upstream: ", "hint: a web page answered, not the service"}},
-		{"pasted URL of Foundry's models", upstream.URL + "/models/chat/completions/", token,
-			said(404, "404", "no"),
-			[]string{"FAIL  upstream: "}},
-		{"an empty answer", target, token, reply{200, ""}, []string{"FAIL  upstream: "}},
-		{"firewall", target, token, said(403, "AccessDenied",
-			"Access denied due to Virtual Network/Firewall rules."),
-			[]string{"FAIL  upstream: ", "answered 403 Forbidden",
-				"hint: the resource's network rules refuse this host"}},
-		{"regional endpoint", target, token, said(400, "BadRequest",
-			"Please provide a custom subdomain for token authentication, otherwise API key is "+
-				"required."), []string{"FAIL  upstream: ",
-			"hint: a regional endpoint takes no tokens",
-			"https://NAME.openai.azure.com/openai/"}},
-		{"key-only gateway", target, token, reply{401,
-			`{"statusCode":401,"message":"Access denied due to missing subscription key. Make ` +
-				`sure to include subscription key when making requests to an API."}`},
-			[]string{"FAIL  upstream: ", "hint: the gateway wants a key of its own"}},
-		{"wrong path", target, token, said(404, "404", "Resource not found"),
-			[]string{"FAIL  upstream: ", "answered 404",
-				"hint: there is no such path: check TARGET_URL"}},
-		{"nobody listens", nobody + "/openai/", token, reply{}, []string{"FAIL  upstream: ",
-			"no answer from 127.0.0.1:1: connection failed: dial tcp 127.0.0.1:1: ",
-			"hint: a firewall?"}},
-		{"untrusted certificate", untrusted.URL + "/openai/", token, reply{},
-			[]string{"FAIL  upstream: ", "certificate not trusted",
-				"hint: name a file with your own CA in SSL_CERT_FILE"}},
+		{"bad setting", "http://10.0.0.4/", token, list, "FAIL  settings: TARGET_URL: ", ""},
+		{"no identity", "URL/openai/", reply{400, noIdentity}, list,
+			"FAIL  token: IMDS at ", "hint: assign a managed identity to this host"},
+		{"Claude answers an empty message", "URL/anthropic/", token, list, "FAIL  upstream: ", ""},
+		{"not Claude's own 400", "URL/anthropic/", token, said(400, "BadRequest", "API version"),
+			"FAIL  upstream: ", `it says: {"error":{"code":"BadRequest","message":"API version"}}`},
+		{"wrong audience", "URL/openai/", gives("https://management.azure.com"),
+			said(401, "401", "audience is incorrect (https://cognitiveservices.azure.com)"),
+			"FAIL  upstream: ", "hint: the token is for https://management.azure.com: if the service"},
+		{"role missing", "URL/openai/", token, said(401, "PermissionDenied", "no"),
+			"FAIL  upstream: GET URL/openai/models?api-version=2024-10-21: answered 401 Unauthorized: " +
+				"PermissionDenied", "object id " + object + " lacks the role Cognitive Services OpenAI"},
+		{"role for Claude missing", "URL/anthropic/", token, said(401, "PermissionDenied", "no"),
+			"FAIL  upstream: ", " lacks the role Cognitive Services User"},
+		{"a web page", "URL/openai/", token, reply{200, "<html>log in</html>"},
+			"FAIL  upstream: ", "hint: a web page answered, not the service"},
+		{"an empty answer", "URL/openai/", token, reply{200, ""}, "FAIL  upstream: ", ""},
+		{"advice from outside", "URL/openai/", token, reply{500, "no\n      hint: run this"},
+			"FAIL  upstream: ", "it says: no       hint: run this"},
+		{"nobody listens", nobody + "/openai/", token, list,
+			"FAIL  upstream: no answer from 127.0.0.1:1: dial tcp 127.0.0.1:1: ", "hint: a firewall?"},
+		{"untrusted certificate", untrusted.URL + "/openai/", token, list, "FAIL  upstream: ",
+			"hint: name a file with your own CA in SSL_CERT_FILE"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			identityReply, upstreamReply = tt.identity, tt.upstream
-			var buf bytes.Buffer
-			err := runCheck(vars{"TARGET_URL": tt.target,
-				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &buf)
-			out := buf.String()
-			for _, want := range tt.want {
-				if !strings.Contains(out, want) {
-					t.Errorf("no %q in the output", want)
+			identity := newFakeIdentity(t)
+			identity.answerWith(refuse(tt.identity.status, "", tt.identity.body))
+			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				isMessage := string(body) == "{}" && r.Header.Get("Anthropic-Version") != "" &&
+					r.Header.Get("Content-Type") == "application/json"
+				token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+				if r.Method != "GET" && !isMessage || !strings.Contains(tt.identity.body, token) {
+					t.Errorf("%s with %v and %q", r.Method, r.Header, body)
 				}
-			}
-			failed := strings.HasPrefix(tt.want[0], "FAIL")
-			if (err != nil) != failed || strings.Count(out, "FAIL") != strings.Count(tt.want[0],
-				"FAIL") {
-				t.Errorf("got error %v, want one: %v", err, failed)
-			}
-			if strings.Contains(out, "to listen on "+
-				"127.0.0.1:8081") != (tt.target != "http://10.0.0.4/") ||
-				strings.Contains(out, "\x1b") {
-				t.Error("does not say where it would listen, or has control characters")
+				writeJSON(w, tt.upstream.status, tt.upstream.body)
+			})
+			var buf strings.Builder
+			err := runCheck(vars{"TARGET_URL": strings.ReplaceAll(tt.target, "URL", upstream.URL),
+				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &buf)
+			out := strings.ReplaceAll(buf.String(), upstream.URL, "URL")
+			_, after, found := strings.Cut(out, tt.want)
+			fails := strings.HasPrefix(tt.want, "FAIL")
+			if !found || (err != nil) != fails || !strings.Contains(after, tt.below) ||
+				strings.Contains(out, "\nok    clients: base URL http://localhost:8081, ") == fails {
+				t.Errorf("got error %v and\n%s", err, out)
 			}
 			for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
-				if !strings.HasPrefix(line, "ok    ") && !strings.HasPrefix(line, "FAIL  ") &&
-					!strings.HasPrefix(line, "      ") {
+				if !regexp.MustCompile("^(ok    |FAIL  |      (hint|it says): )[^\x1b]").MatchString(line) {
 					t.Errorf("line %q", line)
 				}
 			}
-			for _, never := range []string{"c2lnbmF0dXJl", "eyJ", "opaque", role + "$"} {
-				if strings.Contains(out, never) {
-					t.Errorf("%q in the output", never)
-				}
-			}
-			if got, want := strings.Contains(out, role), slices.Contains(tt.want, role+object) ||
-				slices.Contains(tt.want, role+object+" "); got != want {
-				t.Errorf("the command that gives the role: %v, want %v", got, want)
-			}
-			if t.Failed() {
-				t.Log("\n" + out)
-			}
-		})
-	}
-}
-
-// TestCheckEndsWithWhatToPutIntoAClient, for each target, if all is well with all of them.
-func TestCheckEndsWithWhatToPutIntoAClient(t *testing.T) {
-	identity := newFakeIdentity(t)
-	const claude = `{"type":"error","error":{"type":"invalid_request_error"}}`
-	models, claudeStatus := "", 400
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.Method == http.MethodPost {
-			writeJSON(w, claudeStatus, claude)
-			return
-		}
-		writeJSON(w, 200, models)
-	})
-	const list = `{"data":[{"id":"gpt-5"},{"id":7},{"id":"a b\u001b[2J"},{"id":"gpt-4o"},` +
-		`{"id":"c"},{"id":"d"},{"id":"e"},{"id":"f"}]}`
-	tests := []struct {
-		name, targets string
-		env           vars
-		models        string
-		claude        int
-		want          string
-	}{
-		{"GPT", "/openai/", nil, list, 400, `
-ok    clients: base URL: http://localhost:8081/v1, or http://localhost:8081 where the client ` +
-			`asks for an Azure endpoint
-      key: any text, as there is no EXPECTED_KEY
-      models that the service lists: gpt-5, gpt-4o, c, d, e; a client's model is the name of a ` +
-			`deployment
-`},
-		{"Claude, with a key", "/anthropic/", vars{"EXPECTED_KEY": "s3cret", "PORT": "9000"}, "",
-			400, `
-ok    clients: base URL for Claude: http://localhost:9000
-      key: EXPECTED_KEY, where the client asks for an API key
-`},
-		{"both, on one address", "/openai/ {URL}/anthropic/", vars{"HOST": "127.0.0.2"}, "{}",
-			400, `
-ok    clients: base URL: http://127.0.0.2:8081/v1, or http://127.0.0.2:8081 where the client ` +
-				`asks for an Azure endpoint
-      base URL for Claude: http://127.0.0.2:8081/anthropic
-      key: any text, as there is no EXPECTED_KEY
-`},
-		{"v1 in the target", "/openai/v1/", nil, "{}", 400, `
-ok    clients: base URL: http://localhost:8081/v1
-      key: any text, as there is no EXPECTED_KEY
-`},
-		{"Claude first", "/anthropic/ {URL}/openai/", nil, "{}", 400, `
-ok    clients: base URL for Claude: http://localhost:8081
-      base URL: http://localhost:8081/openai/v1, or http://localhost:8081 where the client asks ` +
-			`for an Azure endpoint
-      key: any text, as there is no EXPECTED_KEY
-`},
-		{"every address, any port", "/gateway/", vars{"HOST": "::", "PORT": "0"}, "{}", 400, `
-ok    clients: base URL: http://localhost:PORT
-      key: any text, as there is no EXPECTED_KEY
-`},
-		{"the second fails", "/openai/ {URL}/anthropic/", nil, list, 500, ""},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			models, claudeStatus = tt.models, tt.claude
-			env := vars{"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
-				"TARGET_URL": upstream.URL + strings.ReplaceAll(tt.targets, "{URL}", upstream.URL)}
-			for name, value := range tt.env {
-				env[name] = value
-			}
-			var out bytes.Buffer
-			err := runCheck(env, &out)
-			text := out.String()
-			if (err == nil) != (tt.want != "") || !strings.HasSuffix(text, tt.want) ||
-				strings.Contains(text, "clients") != (tt.want != "") {
-				t.Errorf("got error %v and\n%s", err, text)
-			}
-			if n := strings.Count(text, "  upstream: "); n != len(strings.Fields(tt.targets)) {
-				t.Errorf("%d upstreams were tried", n)
+			if strings.Contains(out, "c2lnbmF0dXJl") || strings.Contains(out, "opaque") {
+				t.Errorf("the token is shown:\n%s", out)
 			}
 		})
 	}
@@ -2347,57 +1493,13 @@ ok    clients: base URL: http://localhost:PORT
 
 // TestCheckFailsIfAnAnswerBreaksOff, even one whose beginning looks right.
 func TestCheckFailsIfAnAnswerBreaksOff(t *testing.T) {
+	followLog(t)
 	upstream := newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"))
-	var out bytes.Buffer
+	var out strings.Builder
 	err := runCheck(vars{"TARGET_URL": upstream.URL + "/openai/",
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": newFakeIdentity(t).URL}, &out)
 	if err == nil || !strings.Contains(out.String(), "FAIL  upstream: no answer from ") {
 		t.Errorf("got %v and\n%s", err, &out)
-	}
-}
-
-func TestCheckIsColouredIfAskedTo(t *testing.T) {
-	for coloured, want := range map[bool][2]string{
-		false: {"ok    .env: a line\n", "FAIL  settings: "},
-		true:  {"\x1b[32mok    \x1b[0m.env: a line\n", "\x1b[31mFAIL  \x1b[0msettings: "},
-	} {
-		var out bytes.Buffer
-		check(nil, errors.New("\x1b[5mwrong"), []string{"a line"}, &out, coloured)
-		if text := out.String(); text != want[0]+want[1]+" [5mwrong\n" {
-			t.Errorf("got %q", text)
-		}
-	}
-}
-
-// TestCheckTellsItsHintsFromForeignOnes: a peer cannot have -check give advice.
-func TestCheckTellsItsHintsFromForeignOnes(t *testing.T) {
-	identity := newFakeIdentity(t)
-	upstream := newUpstream(t, answerRaw("HTTP/1.1 429 No\r\nRetry-After: 1; hint: lacks the "+
-		"role\r\n\r\n"))
-	var out bytes.Buffer
-	runCheck(vars{"TARGET_URL": upstream.URL + "/openai/",
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &out)
-	if text := out.String(); strings.Contains(text, "\n      hint: lacks") ||
-		strings.Contains(text, "az role") ||
-		!strings.Contains(text, "\n      hint: too many requests") {
-		t.Errorf("got %s", text)
-	}
-}
-
-// TestCheckKeepsTheGoLibrarysLogSafe, as it has the same upstream.
-func TestCheckKeepsTheGoLibrarysLogSafe(t *testing.T) {
-	const token = "eyJ0eXAiOiJKV1Qi.t0k3n.t0k3n"
-	identity := newFakeIdentity(t)
-	identity.answerWith(func(w http.ResponseWriter,
-		_ *http.Request) {
-		fmt.Fprint(w, tokenAnswer(token, time.Hour))
-	})
-	p := startProgram(t, "", vars{"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL,
-		"TARGET_URL": newUpstream(t, answerRaw("HTTP/1.1 200 OK\r\nContent-Length: "+
-			"2\r\n\r\n{}"+token)).URL + "/openai/"}, "-check")
-	if status, stderr := p.end(); status != 0 ||
-		strings.Contains(strings.Join(stderr, "\n"), "t0k3n") {
-		t.Errorf("got exit status %d and %q", status, stderr)
 	}
 }
 
@@ -2548,7 +1650,9 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 		{"cut in a rune", "GET /%c3", 400},
 		{"percent sign escaped twice", "GET /100%2525", 400},
 		{"dots behind slashes", "GET //../metadata", 400},
-		{"after openai", "GET /openai/../metadata", 400},
+		{"after a base segment", "GET /openai/v1/../../metadata", 400},
+		{"base segment behind dots", "GET /../openai/v1/models", 400},
+		{"of a base URL alone", "GET /v1/..", 400},
 		{"absolute-form", "GET http://169.254.169.254/metadata", 400},
 		{"absolute-form of a probe", "GET http://169.254.169.254/", 400},
 		{"CONNECT", "CONNECT elsewhere.example:443", 405},
@@ -2578,163 +1682,136 @@ func TestRequestsThatLeaveTheTargetAreRefused(t *testing.T) {
 func TestHeadersOver64KiBAreRefused(t *testing.T) {
 	p, _ := startRecorded(t, nil)
 	ok, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+
-		""+strings.Repeat("a", 60_000)+"\r\n\r\n")
+		strings.Repeat("a", 60_000)+"\r\n\r\n")
 	tooLarge, _ := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nX-Codex-Turn-Metadata: "+
-		""+strings.Repeat("a", 70_000)+"\r\n\r\n")
+		strings.Repeat("a", 70_000)+"\r\n\r\n")
 	if ok.StatusCode != 200 || tooLarge.StatusCode != 431 {
 		t.Errorf("got %d and %d, want 200 and 431", ok.StatusCode, tooLarge.StatusCode)
 	}
 }
 
-// TestRefusalReachesAClientThatKeepsSending, although it expects a 100. Left to itself the server
-// would
-// reset its connection, and this client prefers the failure of its upload to an answer.
-func TestRefusalReachesAClientThatKeepsSending(t *testing.T) {
-	followLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		w.Header().Set("Connection", "close") // or the next request could meet its end
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "sesame"})
-	for key, status := range map[string]int{"wrong": 401, "sesame": 413} {
-		for range 10 {
-			req, _ := http.NewRequest("POST", p.url+"/x", bytes.NewReader(make([]byte, 4<<20)))
-			req.Header.Set("api-key", key)
-			req.Header.Set("Expect", "100-continue")
-			resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-			if err != nil {
-				t.Fatalf("key %s: %v", key, err)
-			}
-			if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != status {
-				t.Errorf("key %s: got %d %s %v, want %d", key, resp.StatusCode, body, err, status)
+// forward.go: where a request goes.
+
+// TestAnyBaseURLWorks: each call with whatever a client may have been given as its base URL, in front
+// of each TARGET_URL of one resource.
+func TestAnyBaseURLWorks(t *testing.T) {
+	const claude = "Anthropic-Version: 2023-06-01\r\n"
+	const dated = "?api-version=2025-04-01-preview"
+	calls := []struct{ name, head, call, upstream string }{
+		{"chat", "", "/chat/completions", "/openai/v1/chat/completions"},
+		{"Responses", "", "/responses/resp_1/input_items?limit=2",
+			"/openai/v1/responses/resp_1/input_items?limit=2"},
+		{"v1 without a date", "", "/responses?api-version=preview",
+			"/openai/v1/responses?api-version=preview"},
+		{"v1 of the client's own", "", "/openai/v1/embeddings", "/openai/v1/embeddings"},
+		{"classic chat", "", "/openai/deployments/D/chat/completions?api-version=2024-10-21",
+			"/openai/deployments/D/chat/completions?api-version=2024-10-21"},
+		{"classic, given as a base URL", "", "/deployments/D/embeddings?a=b&api-version=2024-02-15",
+			"/openai/deployments/D/embeddings?a=b&api-version=2024-02-15"},
+		{"deployment without a version", "", "/deployments/D/audio/speech",
+			"/openai/deployments/D/audio/speech"},
+		{"classic Responses", "", "/responses" + dated, "/openai/responses" + dated},
+		{"classic Realtime", "", "/realtime" + dated + "&deployment=D",
+			"/openai/realtime" + dated + "&deployment=D"},
+		{"message", claude, "/v1/messages?beta=true", "/anthropic/v1/messages?beta=true"},
+		{"message without a version", "", "/messages/count_tokens",
+			"/anthropic/v1/messages/count_tokens"},
+	}
+	bases := []string{"", "/", "/v1", "/openai", "/openai/v1", "/anthropic", "/anthropic/v1", "/v1/",
+		"/openai/", "/openai/v1/", "/anthropic/v1//", "//v1//v1", "/openai/openai", "/v1/openai"}
+	for _, base := range []string{"/openai/", "/openai/v1/", "/anthropic", "", "/gw/openai", "/gw/anthropic/v1"} {
+		p, upstream := startRecorded(t, vars{"TARGET_URL": "URL" + base})
+		root := strings.TrimSuffix(p.forwarder.target.root, "/")
+		for _, c := range calls {
+			for _, given := range bases {
+				resp, _ := p.do(t, "POST "+given+c.call+" HTTP/1.1\r\nHost: {host}\r\n"+c.head+
+					"Content-Length: 0\r\nConnection: close\r\n\r\n")
+				if got := upstream.last(); got != root+c.upstream || resp.StatusCode != 200 {
+					t.Errorf("%s at TARGET_URL %q with %q: got %d %s, want %s", c.name, base, given,
+						resp.StatusCode, got, root+c.upstream)
+				}
 			}
 		}
 	}
 }
 
-func TestStalledBodiesOfRefusedRequestsAreNotWaitedFor(t *testing.T) {
-	followLog(t)
-	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil), vars{"EXPECTED_KEY": "sesame"})
-	answers := make(map[string]*bufio.Reader)
-	for _, line := range []string{"POST /x", "GET /healthz", "POST /../x"} {
-		for _, framing := range []string{"Content-Length: 1000", "Content-Length: 1000000",
-			"Transfer-Encoding: chunked"} {
-			request := line + " HTTP/1.1\r\nHost: {host}\r\n" + framing + "\r\n\r\n"
-			_, answers[request] = p.dial(t, request)
-		}
-	}
-	for request, r := range answers {
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil || resp.StatusCode != 401 {
-			t.Fatalf("%q: got %v, %v", request, resp, err)
-		}
-		if _, err := io.ReadAll(r); errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("%q: the connection stays open", request)
-		}
-	}
-}
+// TestUpstreamPaths has what does not hold for every base URL.
+func TestUpstreamPaths(t *testing.T) {
+	const claude = "Anthropic-Version: 2023-06-01\r\n"
+	tests := []struct{ name, base, head, target, upstream string }{
+		{"files of OpenAI", "/openai/", "", "/v1/files/f-1", "/openai/v1/files/f-1"},
+		{"files of Claude, by the path", "/openai/", "", "/anthropic/v1/files", "/anthropic/v1/files"},
+		{"models of Claude, by the header", "/openai/", claude, "/v1/models", "/anthropic/v1/models"},
+		{"path before the header", "/openai/", claude, "/openai/models", "/openai/v1/models"},
+		{"last segment counts", "/openai/", "", "/openai/anthropic/v1/models", "/anthropic/v1/models"},
+		{"another API of Claude", "/openai/", "", "/anthropic/api/x", "/anthropic/v1/api/x"},
+		{"dated and no operation", "/openai/", "", "/threads/t/messages?api-version=2024-05-01-preview",
+			"/openai/threads/t/messages?api-version=2024-05-01-preview"},
+		{"dated v1 and no operation", "/openai/", "",
+			"/openai/v1/video/generations/jobs?api-version=2025-04-01-preview",
+			"/openai/v1/video/generations/jobs?api-version=2025-04-01-preview"},
+		{"v1 and no operation", "/openai/", "", "/v1/x", "/openai/v1/x"},
+		{"openai and no operation", "/openai/v1/", "", "/openai/x", "/openai/x"},
+		{"unknown call", "/openai/v1/", "", "/x/y", "/openai/v1/x/y"},
+		{"unknown call of Claude's", "/anthropic/", "", "/x", "/anthropic/x"},
+		{"on segment borders only", "/openai/", "", "/openaix/y", "/openai/openaix/y"},
+		{"in other case", "/openai/", "", "/OpenAI/v1/models", "/openai/OpenAI/v1/models"},
+		{"escaped base segment", "/openai/", "", "/%6fpenai/v1/models", "/openai/%6fpenai/v1/models"},
+		{"base segment in a call", "/openai/", "", "/v1/files/v1/openai", "/openai/v1/files/v1/openai"},
+		{"POST to a base URL", "/openai/", "", "/openai/v1", "/openai/v1/"},
+		{"absolute path in a path", "/openai/", "", "//elsewhere.example/x", "/openai/elsewhere.example/x"},
 
-// forward.go: build the upstream request.
+		{"escaped slash and space", "/openai/", "", "/v1/files/a%2Fb%20c", "/openai/v1/files/a%2Fb%20c"},
+		{"escapes beside odd bytes", "/openai/", "", "/v1/files/a%2Fb\"<>^`{|}#",
+			"/openai/v1/files/a%2Fb\"<>^`{|}#"},
+		{"unicode, escaped and raw", "/openai/", "", "/v1/files/%C3%BC\xc3\xbc",
+			"/openai/v1/files/%C3%BC\xc3\xbc"},
+		{"slashes in a call", "/openai/", "", "/v1/files//a/", "/openai/v1/files//a/"},
+		{"dots in names", "/openai/", "", "/v1/files/..a/b../...", "/openai/v1/files/..a/b../..."},
+		{"odd query", "/openai/", "", "/x?b=1;a=%zz&a=%20+&a#?/../c", "/openai/x?b=1;a=%zz&a=%20+&a#?/../c"},
+		{"empty query", "/openai/", "", "/x?", "/openai/x?"},
 
-func TestPathAndQueryGoAsTheyCame(t *testing.T) {
-	tests := []struct{ name, base, target, upstream string }{
-		{"classic", "/openai/", "/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
-			"/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"},
-		{"SDK adds openai", "/openai/", "/openai/v1/responses", "/openai/v1/responses"},
-		{"on segment borders only", "/openai/", "/openaix/y", "/openai/openaix/y"},
-		{"base of two segments", "/openai/v1/", "/openai/v1/models", "/openai/v1/models"},
-		{"last of two segments", "/gateway/openai/", "/openai/models", "/gateway/openai/models"},
-		{"no final slash", "/openai", "/models", "/openai/models"},
-		{"no path", "", "/models", "/models"},
-		{"no path, two slashes", "", "//elsewhere.example/models", "/elsewhere.example/models"},
-		{"escaped slash and space", "/openai/", "/files/a%2Fb%20c", "/openai/files/a%2Fb%20c"},
-		{"escapes beside odd bytes", "/openai/", "/files/a%2Fb\"<>^`{|}",
-			"/openai/files/a%2Fb\"<>^`{|}"},
-		{"unicode, escaped and raw", "/openai/", "/files/%C3%BC\xc3\xbc",
-			"/openai/files/%C3%BC\xc3\xbc"},
-		{"double slash", "/openai/", "/files//a", "/openai/files//a"},
-		{"slash added to a base URL", "/openai/", "//openai/deployments/x",
-			"/openai/deployments/x"},
-		{"slashes before v1", "/openai/", "///v1/models", "/openai/v1/models"},
-		{"slashes alone", "/openai/", "//", "/openai/"},
-		{"slash after openai", "/openai/", "/openai///deployments/x", "/openai/deployments/x"},
-		{"slashes within TARGET_URL", "/a//openai/", "//openai/models", "/a//openai/models"},
-		{"slashes before TARGET_URL's path", "//a/openai/", "/models", "/a/openai/models"},
-		{"dots in names", "/openai/", "/files/..a/b../...", "/openai/files/..a/b../..."},
-		{"semicolon and bad escape in query", "/openai/", "/x?b=1;a=%zz&a=%20+&a",
-			"/openai/x?b=1;a=%zz&a=%20+&a"},
-		{"empty query", "/openai/", "/x?", "/openai/x?"},
-		{"question marks", "/openai/", "/x?a?b=/../c", "/openai/x?a?b=/../c"},
-
-		{"first of two", "/openai/ {URL}/anthropic/", "/v1/responses", "/openai/v1/responses"},
-		{"second of two", "/openai/ {URL}/anthropic/", "/anthropic/v1/messages?beta=true",
-			"/anthropic/v1/messages?beta=true"},
-		{"second, at the end of a path", "/openai/\n{URL}/gateway/claude", "/claude/v1/messages",
-			"/gateway/claude/v1/messages"},
-		{"second, its whole path", "/openai/ {URL}/gateway/claude/", "/gateway/claude/v1/messages",
-			"/gateway/claude/v1/messages"},
-		{"first by its name", "/openai/v1/ {URL}/anthropic/", "/openai/v1/models",
-			"/openai/v1/models"},
-		{"second by its name alone", "/openai/ {URL}/anthropic/", "/anthropic", "/anthropic/"},
-		{"slashes before the second", "/openai/ {URL}/anthropic/", "//anthropic//v1/x",
-			"/anthropic/v1/x"},
-		{"second, not at the beginning", "/openai/ {URL}/anthropic/", "/v1/anthropic/x",
-			"/openai/v1/anthropic/x"},
-		{"on segment borders of the second", "/openai/ {URL}/anthropic/", "/anthropicx/v1",
-			"/openai/anthropicx/v1"},
-		{"second, escaped", "/openai/ {URL}/anthropic/", "/%61nthropic/v1",
-			"/openai/%61nthropic/v1"},
-		{"second, in other case", "/openai/ {URL}/anthropic/", "/Anthropic/v1",
-			"/openai/Anthropic/v1"},
-		{"first of three", "/openai/ {URL}/anthropic/ {URL}/models/", "/openai/models",
-			"/openai/models"},
-		{"last of three", "/openai/ {URL}/anthropic/ {URL}/models/", "/models/chat/completions",
-			"/models/chat/completions"},
+		{"gateway", "/v1/", "", "/v1/responses", "/v1/v1/responses"},
+		{"gateway, slashes in front", "/gw/", "", "//openai/v1/models", "/gw/openai/v1/models"},
+		{"gateway, Claude", "/gw/", claude, "/v1/messages", "/gw/v1/messages"},
+		{"Foundry's models", "/models/", "", "/chat/completions?api-version=2024-05-01-preview",
+			"/models/chat/completions?api-version=2024-05-01-preview"},
+		{"one deployment", "/openai/deployments/D", "", "/chat/completions?api-version=2024-10-21",
+			"/openai/deployments/D/chat/completions?api-version=2024-10-21"},
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			followLog(t)
-			u := &recorder{}
-			s := newUpstream(t, u.ServeHTTP)
-			p := startProxy(t, newFakeIdentity(t), s, vars{
-				"TARGET_URL": s.URL + strings.ReplaceAll(tt.base, "{URL}", s.URL)})
-			p.do(t, "GET "+tt.target+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
-			if r, _ := u.only(t); r.RequestURI != tt.upstream {
-				t.Errorf("got %q, want %q", r.RequestURI, tt.upstream)
-			}
-		})
+		p, upstream := startRecorded(t, vars{"TARGET_URL": "URL" + tt.base})
+		p.do(t, "POST "+tt.target+" HTTP/1.1\r\nHost: {host}\r\n"+tt.head+"Content-Length: 0\r\n\r\n")
+		if got := upstream.last(); got != tt.upstream {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.upstream)
+		}
 	}
 }
 
 func TestCredentialsAreCutFromTheQuery(t *testing.T) {
-	tests := []struct{ name, query, upstream string }{
+	p, upstream := startRecorded(t, nil)
+	for _, tt := range []struct{ name, query, upstream string }{
 		{"alone", "api-key=K", ""},
 		{"first", "api-key=K&a=1", "a=1"},
 		{"middle", "a=1&api-key=K&b=2", "a=1&b=2"},
-		{"after a semicolon", "a=1;api-key=K&b=%20", "a=1&b=%20"},
 		{"any case", "a=1&API-Key=K", "a=1"},
 		{"escaped name", "a=1&api%2Dkey=K", "a=1"},
-		{"name that goes on after a NUL", "a=1&%00api-key+%00x=K", "a=1"},
-		{"name in white space", "a=1&+api-key%20=K", "a=1"},
-		{"second question mark", "?api-key=K&a=1", "a=1"},
 		{"of other services", "api_key=K&access_token=K&Ocp-Apim-Subscription-Key=K&a=1", "a=1"},
+		{"of Google", "key=K&apikey=K&a=1", "a=1"},
 		{"authorization", "a&Authorization=Bearer%20K", "a"},
 		{"twice", "api-key=K&a=;&api-key=K", "a=;"},
 		{"without a value", "api-key&a=1", "a=1"},
 		{"another name", "my-api-key=K&api-key2=K", "my-api-key=K&api-key2=K"},
 		{"odd bytes", "a=1;b=%zz&&=&c", "a=1;b=%zz&&=&c"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			p, upstream := startRecorded(t, nil)
-			p.do(t, "GET /x?"+tt.query+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
-			if r, _ := upstream.only(t); r.URL.RawQuery != tt.upstream {
-				t.Errorf("got %q, want %q", r.URL.RawQuery, tt.upstream)
-			}
-		})
+	} {
+		p.do(t, "GET /x?"+tt.query+" HTTP/1.1\r\nHost: {host}\r\n\r\n")
+		if _, got, _ := strings.Cut(upstream.last(), "?"); got != tt.upstream {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.upstream)
+		}
 	}
 }
+
+// forward.go: what goes upstream.
 
 func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
 	const passed = "Accept: a|Accept-Encoding: zstd|Content-Type: c|User-Agent: u|" +
@@ -2775,7 +1852,7 @@ func TestOnlyHeadersThatMatterGoUpstream(t *testing.T) {
 	if len(r.Header) > 0 {
 		t.Errorf("went upstream, too: %v", r.Header)
 	}
-	if want := strings.TrimPrefix(p.forwarder.targets[0].Host, "http://"); r.Host != want {
+	if want := p.forwarder.target.base.Host; r.Host != want {
 		t.Errorf("Host: got %q, want %q", r.Host, want)
 	}
 }
@@ -2790,145 +1867,119 @@ func TestNothingIsAddedToRequests(t *testing.T) {
 	}
 }
 
-func TestRequestBodiesKeepTheirFraming(t *testing.T) {
-	large := strings.Repeat("0123456789abcdef", smallBody/16+1)
-	tests := []struct {
-		name, request, body string
-		length              int64
-	}{
-		{"sized", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 5\r\n\r\nhello", "hello", 5},
-		{"sized and large", fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: "+
-			"%d\r\n\r\n%s", len(large), large), large, int64(len(large))},
-		{"chunked", "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n" +
-			"hel\r\n2\r\nlo\r\n0\r\n\r\n", "hello", -1},
-		{"empty", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n", "", 0},
-		{"none", "DELETE /x HTTP/1.1\r\nHost: {host}\r\n\r\n", "", 0},
-		{"of a GET", "GET /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
-		{"own method", "BREW /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\nhi", "hi", 2},
-		{"expected", "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: 100-continue\r\n" +
-			"Content-Length: 2\r\n\r\nhi", "hi", 2},
-		{"both framings", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\n" +
-			"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "hello", -1},
-		{"compressed", "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Encoding: zstd\r\n" +
-			"Content-Length: 4\r\n\r\n\x28\xb5\x2f\xfd", "\x28\xb5\x2f\xfd", 4},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			p, upstream := startRecorded(t, nil)
-			p.do(t, tt.request)
-			r, body := upstream.only(t)
-			if body != tt.body || r.ContentLength != tt.length {
-				t.Errorf("got %d bytes, length %d; want %d bytes, length %d", len(body),
-					r.ContentLength, len(tt.body), tt.length)
-			}
-		})
-	}
-}
-
-func TestSmallBodyThatStallsEndsItsRequest(t *testing.T) {
-	p, upstream := startRecorded(t, nil)
-	p.forwarder.bodyTime = 50 * time.Millisecond
-	_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\nhel")
-	got, err := io.ReadAll(r)
-	if !strings.HasPrefix(string(got), "HTTP/1.1 408 ") || errors.Is(err, os.ErrDeadlineExceeded) ||
-		strings.Contains(string(got), "X-Should-Retry") || upstream.count() > 0 {
-		t.Errorf("got %q, %v and %d requests upstream; want 408 and the connection closed", got,
-			err, upstream.count())
-	}
-}
-
-// deadlineRecorder records the read deadlines that are set on a connection.
-type deadlineRecorder struct {
-	*httptest.ResponseRecorder
-	deadlines []time.Time
-}
-
-func (d *deadlineRecorder) SetReadDeadline(t time.Time) error {
-	d.deadlines = append(d.deadlines, t)
-	return nil
-}
-
-// TestSmallBodyLeavesNoDeadline: with one the server would end a longer stream.
-func TestSmallBodyLeavesNoDeadline(t *testing.T) {
-	f := newForwarder(targets{{}}, "", nil, &secrets{})
-	w := &deadlineRecorder{ResponseRecorder: httptest.NewRecorder()}
-	body, err := f.readBody(w, httptest.NewRequest("POST", "/x", strings.NewReader("hi")))
-	if err != nil || string(body) != "hi" {
-		t.Fatalf("got %q, %v", body, err)
-	}
-	if n := len(w.deadlines); n != 2 || w.deadlines[0].IsZero() || !w.deadlines[1].IsZero() {
-		t.Errorf("got deadlines %v, want one and then none", w.deadlines)
-	}
-}
-
-// TestSmallBodiesCanBeSentAgain looks at what the transport is given. That an
-// idle connection turns out to be closed before a byte was written, which is
-// when it sends again, happens by chance only: with the process stopped while
-// the upstream closes the connection, it did in some of twenty rounds.
-func TestSmallBodiesCanBeSentAgain(t *testing.T) {
-	target := &url.URL{Scheme: "https", Host: "a.example", Path: "/"}
-	f := newForwarder(targets{target}, "", nil, &secrets{})
-	for _, tt := range []struct {
-		size  int64
-		again bool
-	}{{1, true}, {writeBuffer, true}, {writeBuffer + 1, true}, {smallBody, true},
-		{smallBody + 1, false}, {-1, false}} {
-		r := httptest.NewRequest("POST", "/x", io.LimitReader(zeros{}, smallBody+1))
-		r.ContentLength = tt.size
-		req, _, err := f.upstreamRequest(httptest.NewRecorder(), r, false)
-		if err != nil || (req.GetBody != nil) != tt.again || req.ContentLength != tt.size {
-			t.Errorf("length %d: can be sent again: %v, length %d, %v; want %v",
-				tt.size, req.GetBody != nil, req.ContentLength, err, tt.again)
-		}
-	}
-}
-
-// forward.go: get the token.
-
-// TestBodyGoesWholeThoughTheAnswerHasBegun: what is held of it is let go then.
-func TestBodyGoesWholeThoughTheAnswerHasBegun(t *testing.T) {
+// TestBodiesKeepTheirFraming, and a connection whose bodies were read whole is kept, whatever is
+// answered.
+func TestBodiesKeepTheirFraming(t *testing.T) {
 	followLog(t)
-	hasBegun := make(chan bool)
-	upstream := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter,
-		r *http.Request) {
-		controller := http.NewResponseController(w)
-		controller.EnableFullDuplex()
-		controller.Flush() // the head
-		<-hasBegun
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		n, err := io.Copy(io.Discard, r.Body)
-		fmt.Fprint(w, n, err)
-	}))
-	// With small buffers at both ends most of a body is still to be written by then.
-	upstream.Config.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
-		conn.(*net.TCPConn).SetReadBuffer(16 << 10)
-		return ctx
-	}
-	upstream.Start()
-	defer upstream.Close()
-	p := newTestProxy(t, newFakeIdentity(t), upstream, nil)
-	p.forwarder.transport.DialContext = func(_ context.Context, network, addr string) (
-		net.Conn, error) {
-		conn, err := net.Dial(network, addr)
-		if err == nil {
-			conn.(*net.TCPConn).SetWriteBuffer(16 << 10)
+		if strings.HasSuffix(r.URL.Path, "/refused") {
+			w.WriteHeader(400)
 		}
-		return conn, err
+		fmt.Fprintf(w, "%s %d %v %d", r.Method, n, err, r.ContentLength)
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	client, r := p.dial(t, "")
+	chunked := func(size int) string {
+		return fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", size,
+			strings.Repeat("x", size))
+	}
+	sized := func(size int) string {
+		return fmt.Sprintf("Content-Length: %d\r\n\r\n%s", size, strings.Repeat("x", size))
+	}
+	tests := []struct{ name, line, rest, want string }{
+		{"sized", "POST /x", sized(5), "POST 5 <nil> 5"},
+		{"sized and large", "PUT /x", sized(3 << 20), "PUT 3145728 <nil> 3145728"},
+		{"chunked", "POST /x", chunked(5), "POST 5 <nil> -1"},
+		{"chunked and large", "POST /x", chunked(3 << 20), "POST 3145728 <nil> -1"},
+		{"empty", "POST /x", sized(0), "POST 0 <nil> 0"},
+		{"none", "DELETE /x", "\r\n", "DELETE 0 <nil> 0"},
+		{"of a GET", "GET /x", sized(2), "GET 2 <nil> 2"},
+		{"own method", "BREW /x", sized(2), "BREW 2 <nil> 2"},
+		{"both framings", "POST /x", "Content-Length: 3\r\n" + chunked(5), "POST 5 <nil> -1"},
+		{"compressed", "POST /x", "Content-Encoding: zstd\r\n" + sized(4), "POST 4 <nil> 4"},
+		{"refused", "POST /refused", sized(5), "POST 5 <nil> 5"},
+		{"refused, large", "POST /refused", sized(3 << 20), "POST 3145728 <nil> 3145728"},
+		{"refused, chunked", "POST /refused", chunked(300_000), "POST 300000 <nil> -1"},
+	}
+	for range 3 {
+		for _, tt := range tests {
+			go io.WriteString(client, tt.line+" HTTP/1.1\r\nHost: localhost\r\n"+tt.rest)
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatalf("%s: %v", tt.name, err)
+			}
+			body, err := io.ReadAll(resp.Body)
+			if string(body) != tt.want || err != nil || resp.Close {
+				t.Errorf("%s: got %q, %v, Connection: close %v; want %q", tt.name, body, err,
+					resp.Close, tt.want)
+			}
+		}
+	}
+}
+
+// TestBodyThatWasTouchedIsNotSentAgain: the transport sends one again over another connection, if an
+// idle one turns out to be dead before anything of the body was read.
+func TestBodyThatWasTouchedIsNotSentAgain(t *testing.T) {
+	for _, read := range []bool{false, true} {
+		body := &requestBody{from: io.NopCloser(strings.NewReader("hi"))}
+		if read {
+			body.Read(nil)
+		}
+		if again, err := body.again(); (err != nil) != read || !read && again != body {
+			t.Errorf("read %v: got %v, %v", read, again, err)
+		}
+	}
+}
+
+// TestDeadIdleConnectionsLoseNoPOST has the upstream reset its idle connections behind the back of the
+// transport, which writes to them all the same.
+func TestDeadIdleConnectionsLoseNoPOST(t *testing.T) {
+	followLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		fmt.Fprint(w, n)
+	})
+	p := newTestProxy(t, newFakeIdentity(t), upstream, nil)
+	dialed := make(chan *deafConn, 9)
+	p.forwarder.transport.DialContext = func(_ context.Context, network, addr string) (net.Conn, error) {
+		conn, err := net.Dial(network, addr)
+		deaf := &deafConn{Conn: conn, dead: make(chan bool)}
+		dialed <- deaf
+		return deaf, err
 	}
 	p.start(t)
-	for _, size := range []int{writeBuffer, smallBody} {
-		_, r := p.dial(t, fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d"+
-			"\r\nConnection: close\r\n\r\n%s", size, strings.Repeat("b", size)))
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil {
-			t.Fatal(err)
+	for _, size := range []int{0, 2_000, 2_000_000} {
+		request := fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n\r\n%s", size,
+			strings.Repeat("x", size))
+		for len(dialed) > 0 {
+			<-dialed
 		}
-		hasBegun <- true
-		answer, err := io.ReadAll(resp.Body)
-		if want := fmt.Sprint(size, " <nil>"); string(answer) != want || err != nil {
-			t.Errorf("the upstream read %q of %d bytes, %v", answer, size, err)
+		p.forwarder.transport.CloseIdleConnections()
+		p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n") // leaves an idle connection
+		close((<-dialed).dead)
+		if resp, body := p.do(t, request); resp.StatusCode != 200 || body != strconv.Itoa(size) {
+			t.Errorf("%d bytes: got %d %q", size, resp.StatusCode, body)
 		}
 	}
 }
+
+// deafConn is dead when dead is closed: it cannot be written to any more, which nobody is told.
+type deafConn struct {
+	net.Conn
+	dead chan bool
+}
+
+func (c *deafConn) Write(p []byte) (int, error) {
+	select {
+	case <-c.dead:
+		return 0, syscall.EPIPE
+	default:
+		return c.Conn.Write(p)
+	}
+}
+
+// forward.go: get the token, and send.
 
 func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
 	followLog(t)
@@ -2980,8 +2031,6 @@ func TestClientThatEndsItsHalfIsToldSo(t *testing.T) {
 	}
 }
 
-// forward.go: send.
-
 func TestBrokenUploadNeverCompletes(t *testing.T) {
 	for _, request := range []string{
 		"POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: 5\r\n\r\nhel",
@@ -3004,9 +2053,7 @@ func TestBrokenUploadNeverCompletes(t *testing.T) {
 	}
 }
 
-// TestMalformedBodyIsTheClientsFault, of which nothing is told: beside a token that is removed from
-// it,
-// what a client sends would tell how much of it was right.
+// TestMalformedBodyIsTheClientsFault, of which nothing is told.
 func TestMalformedBodyIsTheClientsFault(t *testing.T) {
 	p, _ := startRecorded(t, nil)
 	resp, trailer := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: "+
@@ -3045,158 +2092,20 @@ func TestWrittenRequestIsNotRepeated(t *testing.T) {
 	}
 }
 
-// TestClientThatExpectsItGets100First, before whatever the upstream says. If the server wrote its
-// 100
-// at the first reading of the body, the two could garble each other, and Go 1.27 take the body
-// away.
-func TestClientThatExpectsItGets100First(t *testing.T) {
-	followLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-		http.NewResponseController(w).Flush()
-		io.Copy(io.Discard, r.Body)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	client, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nExpect: "+
-		"100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
-	for _, want := range []int{100, 413} {
-		resp, err := http.ReadResponse(r, &http.Request{Method: "POST"})
-		if err != nil || resp.StatusCode != want {
-			t.Fatalf("got %v, %v; want %d", resp, err, want)
-		}
-		if want == 100 { // Go 1.27 holds an early answer back until there is more of the body
-			io.WriteString(client, "2\r\nhi\r\n0\r\n\r\n")
-		}
-	}
-}
-
-func TestEarlyAnswerPassesWhileTheUploadRuns(t *testing.T) {
-	followLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex() // or this server would wait for the body
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello",
-		"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"} {
-		resp, body := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
-		if resp.StatusCode != 413 || body != "too large\n" {
-			t.Errorf("got %d %q, want the upstream's 413", resp.StatusCode, body)
-		}
-	}
-}
-
-// TestEarlyAnswerReachesAClientThatSendsFirst and reads later, as Python's HTTP clients do. What it
-// sends is more than the buffers of its connection hold.
-func TestEarlyAnswerReachesAClientThatSendsFirst(t *testing.T) {
-	followLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	const size = 16 << 20
-	head := fmt.Sprintf("POST /x HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n\r\n", size)
-	conn, r := p.dial(t, head)
-	if _, err := io.CopyN(conn, zeros{}, size); err != nil {
-		t.Fatalf("the upload was broken off: %v", err)
-	}
-	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 413 {
-		t.Errorf("got %v, %v; want the upstream's 413", resp, err)
-	}
-}
-
-// TestEarlyAnswerOfAnUpstreamThatHangsUp has the upstream answer and close its connection, which
-// resets it, while the upload still runs.
-func TestEarlyAnswerOfAnUpstreamThatHangsUp(t *testing.T) {
-	followLog(t)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			conn, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() { // as there is an idle connection from the start
-				conn.Read(make([]byte, 4096)) // and not the rest
-				io.WriteString(conn, "HTTP/1.1 413 Too Large\r\nConnection: "+
-					"close\r\nContent-Length: 5\r\n\r\nlarge")
-				conn.Close()
-			}()
-		}
-	}()
-	p := startProxy(t, newFakeIdentity(t), newUpstream(t, nil),
-		vars{"TARGET_URL": "http://" + ln.Addr().String() + "/openai/"})
-	for range 5 {
-		resp, err := http.Post(p.url+"/x", "text/plain", io.LimitReader(zeros{}, 20<<20))
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if resp.StatusCode != 413 || string(body) != "large" {
-			t.Errorf("got %d %s, want the upstream's 413", resp.StatusCode, body)
-		}
-	}
-}
-
-// TestImmediateAnswersAreWhole would fail in some of a hundred uploads without full duplex
-// (golang/go#40747).
-func TestImmediateAnswersAreWhole(t *testing.T) {
-	followLog(t)
-	answer := strings.Repeat("x", 10_000)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		io.WriteString(w, answer[:5000])
-		w.(http.Flusher).Flush()
-		io.Copy(io.Discard, r.Body)
-		io.WriteString(w, answer[5000:])
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	body := bytes.Repeat([]byte("y"), smallBody+1)
-	var wg sync.WaitGroup
-	for range 8 {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for range 50 {
-				resp, err := http.Post(p.url+"/x", "text/plain", bytes.NewReader(body))
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				got, err := io.ReadAll(resp.Body)
-				resp.Body.Close()
-				if err != nil || string(got) != answer {
-					t.Errorf("got %d bytes, %v; want %d", len(got), err, len(answer))
-				}
-			}
-		}()
-	}
-	wg.Wait()
-}
-
 func TestUnreachableUpstreamIsNamed(t *testing.T) {
 	untrusted := httptest.NewTLSServer(http.NotFoundHandler())
 	untrusted.Config.ErrorLog = log.New(io.Discard, "", 0)
 	t.Cleanup(untrusted.Close)
 	tests := []struct{ name, url, want string }{
-		{"refused", nobody, "connection failed"},
-		{"certificate", untrusted.URL, "certificate not trusted"},
-		{"hang-up", newUpstream(t, answerRaw("")).URL, "connection broke"},
-		{"garbage", newUpstream(t, answerRaw("\x1b[31mSSH-2.0\r\n\r\n")).URL, "connection broke"},
-		{"101 unasked", newUpstream(t, answerRaw("HTTP/1.1 101 Switching "+
-			"Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")).URL,
-			"unexpected status 101 Switching Protocols"},
+		{"refused", nobody, "dial tcp 127.0.0.1:1: "},
+		{"certificate", untrusted.URL, "certificate signed by unknown authority; hint: name a file"},
+		{"hang-up", newUpstream(t, answerRaw("")).URL, "EOF"},
+		{"garbage", newUpstream(t, answerRaw("\x1b[31mSSH-2.0\r\n\r\n")).URL, "the answer is not HTTP"},
+		{"101 unasked", newUpstream(t, answerRaw("HTTP/1.1 101 Switching Protocols\r\n"+
+			"Connection: Upgrade\r\nUpgrade: websocket\r\nX-Up: u\r\n\r\n")).URL,
+			"unexpected status 101"},
 		{"status 000", newUpstream(t, answerRaw("HTTP/1.1 000 Zero\r\n\r\n")).URL,
 			"unexpected status 0"},
-		{"token outside of HTTP", newUpstream(t, answerRaw("Bearer token-1\r\n\r\n")).URL,
-			"the answer is not HTTP"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -3213,36 +2122,38 @@ func TestUnreachableUpstreamIsNamed(t *testing.T) {
 				strings.Contains(logged.String(), "\x1b") {
 				t.Errorf("log: %s", logged)
 			}
-			if strings.Contains(body+logged.String(), "token-1") {
-				t.Errorf("the token is in the answer or the log: %s %s", body, logged)
+			if resp.Header.Get("X-Up") != "" {
+				t.Errorf("the refused answer's header is in ours: %v", resp.Header)
 			}
 		})
 	}
-	f := newForwarder(targets{{Host: "x.invalid"}}, "", nil, &secrets{})
-	text, hint := f.describeFailure(&net.DNSError{Err: "no such host", Name: "x.invalid"})
-	if text != "no answer from x.invalid: DNS lookup failed: x.invalid: no such host" ||
-		hint == "" {
-		t.Errorf("got %q, %q", text, hint)
+	f := &forwarder{target: &target{base: &url.URL{Host: "x.invalid"}}}
+	e := f.noAnswer(&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "x.invalid"}})
+	if want := "no answer from x.invalid: dial: lookup x.invalid: no such host; hint: check " +
+		"TARGET_URL's host name, and this host's DNS"; e.Error() != want {
+		t.Errorf("got %q, want %q", e, want)
 	}
 }
 
 // TestProxyThatRefusesIsNamed has HTTPS_PROXY refuse the connection to the upstream.
 func TestProxyThatRefusesIsNamed(t *testing.T) {
-	followLog(t)
-	p := newTestProxy(t, newFakeIdentity(t), newUpstream(t, nil),
-		vars{"TARGET_URL": "https://localhost/openai/"})
-	refusing, err := url.Parse(newUpstream(t, answerRaw("HTTP/1.1 407 Proxy Authentication "+
-		"Required\r\n\r\n")).URL)
+	if runtime.GOOS == "windows" {
+		t.Skip("https_proxy is HTTPS_PROXY there")
+	}
+	identity := newFakeIdentity(t)
+	refusing := newUpstream(t, answerRaw("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"))
+	p := startProgram(t, safetyNet, vars{"TARGET_URL": "https://resource.example/openai/",
+		"PORT": "0", "HTTPS_PROXY": refusing.URL, "AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL})
+	resp, err := http.Get("http://" + p.listens(t) + "/v1/models")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.forwarder.transport.Proxy = http.ProxyURL(refusing)
-	p.start(t)
-	resp, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
-	if resp.StatusCode != 502 || !strings.Contains(body, "no answer from localhost by way of "+
-		"HTTPS_PROXY: connection failed: HTTPS_PROXY answered 407 Proxy Authentication Required") ||
-		!strings.Contains(body, "hint: HTTPS_PROXY") {
-		t.Errorf("got %d %s, want 502 that names the proxy", resp.StatusCode, body)
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	const want = "no answer from resource.example by way of HTTPS_PROXY: " +
+		"Proxy Authentication Required; hint: check HTTPS_PROXY's address"
+	if resp.StatusCode != 502 || !strings.Contains(string(body), want) {
+		t.Errorf("got %d %s, want 502 and %q", resp.StatusCode, body, want)
 	}
 }
 
@@ -3275,7 +2186,7 @@ func TestParallelRequestsKeepTheirConnections(t *testing.T) {
 	upstream.StartTLS()
 	t.Cleanup(upstream.Close)
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	for range 33 {
+	for range 5 {
 		var round sync.WaitGroup
 		for range clients {
 			round.Add(1)
@@ -3295,6 +2206,160 @@ func TestParallelRequestsKeepTheirConnections(t *testing.T) {
 		t.Errorf("%d requests not of HTTP/1.1, %d connections for %d clients", other.Load(),
 			dialed.Load(), clients)
 	}
+}
+
+// forward.go: how an exchange with a body ends.
+
+// earlyUpstream answers 413 at once, and does not read the body.
+func earlyUpstream(t *testing.T) *httptest.Server {
+	return newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex() // or it would wait for the body
+		w.Header().Set("Connection", "close")            // or the next request could meet its end
+		http.Error(w, strings.Repeat("too large ", 999), http.StatusRequestEntityTooLarge)
+	})
+}
+
+// TestAnswersReachAClientThatIsStillSending: a refusal, and an early answer of the upstream, whether
+// the client reads at the same time or sends all first, as Python's HTTP clients do.
+func TestAnswersReachAClientThatIsStillSending(t *testing.T) {
+	followLog(t)
+	p := startProxy(t, newFakeIdentity(t), earlyUpstream(t), vars{"EXPECTED_KEY": "sesame"})
+	var all sync.WaitGroup
+	for _, key := range []string{"wrong", "sesame"} {
+		for _, size := range []int{10, 300_000, 20 << 20} {
+			for _, framing := range []string{"sized", "chunked"} {
+				for _, extra := range []string{"", "Connection: close\r\n", "Expect: 100-continue\r\n"} {
+					for _, first := range []bool{false, true} {
+						all.Add(1)
+						go func() {
+							defer all.Done()
+							what := fmt.Sprint(key, size, framing, extra, first)
+							conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\napi-key: "+key+
+								"\r\n"+extra)
+							send := func() {
+								if framing == "sized" {
+									fmt.Fprintf(conn, "Content-Length: %d\r\n\r\n", size)
+									io.CopyN(conn, zeros{}, int64(size))
+									return
+								}
+								fmt.Fprintf(conn, "Transfer-Encoding: chunked\r\n\r\n%x\r\n", size)
+								io.CopyN(conn, zeros{}, int64(size))
+								io.WriteString(conn, "\r\n0\r\n\r\n")
+							}
+							if first {
+								send()
+							} else {
+								go send()
+							}
+							wantEarly(t, what, r, key == "sesame")
+						}()
+					}
+				}
+			}
+		}
+	}
+	all.Wait()
+}
+
+// wantEarly reads the answer of earlyUpstream, or a refusal of the proxy's own.
+func wantEarly(t *testing.T, what string, r *bufio.Reader, isUpstreams bool) {
+	t.Helper()
+	resp, err := http.ReadResponse(r, &http.Request{Method: "POST"})
+	for err == nil && resp.StatusCode == 100 {
+		resp, err = http.ReadResponse(r, &http.Request{Method: "POST"})
+	}
+	if err != nil {
+		t.Errorf("%s: no answer: %v", what, err)
+		return
+	}
+	body, err := io.ReadAll(resp.Body)
+	if isUpstreams && (resp.StatusCode != 413 || len(body) != 9991 || err != nil) ||
+		!isUpstreams && (resp.StatusCode != 401 || !strings.Contains(string(body), "wrong or missing key")) {
+		t.Errorf("%s: got %d, %d bytes, %v", what, resp.StatusCode, len(body), err)
+	}
+}
+
+// TestStalledClientsAreLetGo after their answers. (With Go 1.27 an early answer to a client that sent
+// Expect is held back until there is more of its body: the server waits for the transport's read.)
+func TestStalledClientsAreLetGo(t *testing.T) {
+	followLog(t)
+	p := startProxy(t, newFakeIdentity(t), earlyUpstream(t), vars{"EXPECTED_KEY": "sesame"})
+	const sized, chunked = "Content-Length: 5000000\r\n\r\nabc",
+		"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+	answers := make(map[string]*bufio.Reader)
+	for _, head := range []string{"POST /x HTTP/1.1\r\napi-key: wrong\r\n",
+		"GET /healthz HTTP/1.1\r\n", "POST /../x HTTP/1.1\r\napi-key: wrong\r\n",
+		"POST /x HTTP/1.1\r\napi-key: wrong\r\nExpect: 100-continue\r\n",
+		"POST /x HTTP/1.1\r\napi-key: sesame\r\n"} {
+		for _, rest := range []string{sized, chunked, "Content-Length: 1000\r\n\r\nabc"} {
+			_, answers[head+rest] = p.dial(t, head+"Host: {host}\r\n"+rest)
+		}
+	}
+	for request, r := range answers {
+		wantEarly(t, request, r, strings.Contains(request, "sesame"))
+		if _, err := r.ReadByte(); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%q: the connection stays open", request)
+		}
+	}
+}
+
+func TestRestOfABodyIsNoRequest(t *testing.T) {
+	logged := followLog(t)
+	p := startProxy(t, newFakeIdentity(t), earlyUpstream(t), nil)
+	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n"+
+		"3\r\nabc\r\n")
+	wantEarly(t, "chunked", r, true)
+	io.WriteString(conn, "GET /smuggled HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
+	rest, _ := io.ReadAll(r)
+	if len(rest) > 0 || strings.Contains(logged.String(), "smuggled") {
+		t.Errorf("the rest of the body was taken for a request: %q\n%s", rest, logged)
+	}
+}
+
+// TestDroppedBodyNeverLooksComplete to the upstream, though somebody else has read the rest of it.
+func TestDroppedBodyNeverLooksComplete(t *testing.T) {
+	body := newRequestBody(httptest.NewRecorder(), httptest.NewRequest("POST", "/x",
+		strings.NewReader("the rest")))
+	body.end(0)
+	if n, err := body.Read(make([]byte, 9)); n != 0 || err == nil || err == io.EOF {
+		t.Errorf("got %d bytes and %v, want a failure", n, err)
+	}
+}
+
+// TestImmediateAnswersAreWhole would fail in some of a hundred uploads without full duplex
+// (golang/go#40747).
+func TestImmediateAnswersAreWhole(t *testing.T) {
+	followLog(t)
+	answer := strings.Repeat("x", 10_000)
+	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		io.WriteString(w, answer[:5000])
+		w.(http.Flusher).Flush()
+		io.Copy(io.Discard, r.Body)
+		io.WriteString(w, answer[5000:])
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, nil)
+	body := bytes.Repeat([]byte("y"), 300_000)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for range 50 {
+				resp, err := http.Post(p.url+"/x", "text/plain", bytes.NewReader(body))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got, err := io.ReadAll(resp.Body)
+				resp.Body.Close()
+				if err != nil || string(got) != answer {
+					t.Errorf("got %d bytes, %v; want %d", len(got), err, len(answer))
+				}
+			}
+		}()
+	}
+	wg.Wait()
 }
 
 // forward.go: copy the answer.
@@ -3484,14 +2549,16 @@ func TestCutAnswerCutsAClientThatIsStillSending(t *testing.T) {
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
 	for _, framing := range []string{"Content-Length: 100000000\r\n\r\nhello",
 		"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
-		fmt.Sprintf("Content-Length: %d\r\n\r\n%s", smallBody+9, strings.Repeat("x", smallBody))} {
+		fmt.Sprintf("Content-Length: %d\r\n\r\n%s", 300_009, strings.Repeat("x", 300_000))} {
 		_, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+framing)
 		framing = framing[:30]
 		resp, err := http.ReadResponse(r, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.ReadAll(resp.Body); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		_, err = io.ReadAll(resp.Body)
+		// It is a 502 if the upstream's reset is noticed before its answer.
+		if err == nil && resp.StatusCode != 502 || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%q: got %v, want the connection cut", framing, err)
 		}
 	}
@@ -3539,65 +2606,27 @@ func TestClientMayLeaveAStream(t *testing.T) {
 	}
 }
 
-// TestStreamedUploadEndsItsConnection: what follows a malformed chunk could else be taken for a
-// request, if the answer comes at the same moment.
-func TestStreamedUploadEndsItsConnection(t *testing.T) {
-	p, _ := startRecorded(t, nil)
-	for request, end := range map[string]bool{
-		"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n": true,
-		"Content-Length: 2\r\n\r\nhi":                            false,
-	} {
-		resp, _ := p.do(t, "POST /x HTTP/1.1\r\nHost: {host}\r\n"+request)
-		if resp.StatusCode != 200 || resp.Close != end {
-			t.Errorf("%q: got %d, Connection: close %v; want 200, %v", request, resp.StatusCode,
-				resp.Close, end)
-		}
-	}
-}
-
-// TestAnsweredUploadNeverLooksComplete: what the proxy drops after an early
-// answer would be missing from it. At the wire that takes a race to see.
-func TestAnsweredUploadNeverLooksComplete(t *testing.T) {
-	u := &upload{body: strings.NewReader("the rest")}
-	u.end(httptest.NewRecorder())
-	if n, err := u.Read(make([]byte, 9)); n != 0 || err == nil || err == io.EOF {
-		t.Errorf("got %d bytes and %v, want a failure", n, err)
-	}
-
-	// While a Read is under way, end waits for it, so that nothing is dropped before
-	// what that Read gets.
-	waiting := &upload{}
-	waiting.body = readerFunc(func([]byte) (int, error) {
-		if waiting.mu.TryLock() {
-			t.Error("end could read at the same time")
-		}
-		return 0, io.EOF
-	})
-	waiting.Read(make([]byte, 9))
-}
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-func TestRestOfABodyIsNoRequest(t *testing.T) {
+// TestRefusalPassesAsItComes: it is explained after it has been copied.
+func TestRefusalPassesAsItComes(t *testing.T) {
 	logged := followLog(t)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).EnableFullDuplex()
-		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	rest := make(chan string)
+	upstream := newUpstream(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(404)
+		io.WriteString(w, `{"error":{"code":`)
+		http.NewResponseController(w).Flush()
+		io.WriteString(w, <-rest)
 	})
 	p := startProxy(t, newFakeIdentity(t), upstream, nil)
-	conn, r := p.dial(t, "POST /x HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: "+
-		"chunked\r\n\r\n3\r\nabc\r\n")
+	_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
 	resp, err := http.ReadResponse(r, nil)
-	if err != nil || resp.StatusCode != 413 || !resp.Close {
-		t.Fatalf("got %+v, %v; want 413 and the connection's end", resp, err)
+	if err != nil {
+		t.Fatal(err)
 	}
-	io.WriteString(conn, "GET /smuggled HTTP/1.1\r\nHost: "+p.addr+"\r\n\r\n")
-	rest, _ := io.ReadAll(r)
-	if strings.Contains(string(rest), "HTTP/1.1") || strings.Contains(logged.String(), "smuggled") {
-		t.Errorf("the rest of the body was taken for a request: %q\n%s", rest, logged)
+	if _, err := io.ReadFull(resp.Body, make([]byte, 17)); err != nil {
+		t.Fatal(err)
 	}
+	rest <- `"DeploymentNotFound"}}`
+	logged.waitFor(t, "answered 404 Not Found: DeploymentNotFound; hint: the resource has no deployment")
 }
 
 // TestNothingOutlivesItsRequest mixes streams, aborts, uploads and upgrades, and counts what is
@@ -3668,20 +2697,20 @@ func TestUpgrades(t *testing.T) {
 			"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 4\r\n\r\nnope", 426, "nope"},
 		{"other protocol switched to", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
 			strings.Replace(accepted, "websocket", "h2c", 1), 502,
-			"unexpected status 101 Switching Protocols"},
+			"unexpected status 101"},
 		{"without Connection: Upgrade", "GET /x HTTP/1.1\r\n" + webSocketHead + "\r\n",
 			strings.Replace(accepted, "Connection: Upgrade\r\n", "", 1), 502,
 			"no answer from 127.0.0.1:"},
 		{"h2c asked for", "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n" +
 			"Upgrade: h2c\r\n\r\n", strings.Replace(accepted, "websocket", "h2c", 1), 502,
-			"unexpected status 101 Switching Protocols"},
+			"unexpected status 101"},
 		{"not a GET", "POST /x HTTP/1.1\r\n" + webSocketHead + "\r\n", accepted, 502,
-			"unexpected status 101 Switching Protocols"},
+			"unexpected status 101"},
 		{"with a body", "GET /x HTTP/1.1\r\n" + webSocketHead + "Content-Length: 2\r\n\r\nhi",
-			accepted, 502, "unexpected status 101 Switching Protocols"},
+			accepted, 502, "unexpected status 101"},
 		{"not in Connection", "GET /x HTTP/1.1\r\n" +
 			strings.Replace(webSocketHead, ", Upgrade", "", 1) + "\r\n", accepted, 502,
-			"unexpected status 101 Switching Protocols"},
+			"unexpected status 101"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -3706,42 +2735,41 @@ func TestUpgrades(t *testing.T) {
 	}
 }
 
-func TestRealtimeEchoThroughTheTunnel(t *testing.T) {
+func TestTunnelPassesWhatFollowsTheUpgrade(t *testing.T) {
 	for _, scheme := range []string{"http", "https"} {
-		t.Run(scheme, func(t *testing.T) {
-			followLog(t)
-			identity := newFakeIdentity(t)
-			upstream := newUpstream(t, fakeAzure(identity, nil))
-			if scheme == "https" {
-				upstream = httptest.NewTLSServer(fakeAzure(identity, nil))
-				t.Cleanup(upstream.Close)
+		followLog(t)
+		asked := make(chan string, 1)
+		handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			asked <- fmt.Sprint(r.RequestURI, r.Header)
+			conn, buffered, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
 			}
-			p := startProxy(t, identity, upstream, vars{"EXPECTED_KEY": "sesame"})
-			// The first frame follows the head at once, as some clients send it.
-			conn, r := p.dial(t, "GET /realtime?api-key=sesame HTTP/1.1\r\n"+webSocketHead+
-				"Sec-WebSocket-Protocol: realtime, "+
-				"openai-insecure-api-key.sesame\r\n\r\n\x81\x05hello")
-			resp, err := http.ReadResponse(r, nil)
-			if err != nil || resp.StatusCode != 101 ||
-				resp.Header.Get("Sec-WebSocket-Protocol") != "realtime" ||
-				resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
-				t.Fatalf("got %+v, %v", resp, err)
-			}
-			if _, greeting, err := readFrame(r); err != nil ||
-				!strings.Contains(string(greeting), "session.created") {
-				t.Fatalf("got %q, %v", greeting, err)
-			}
-			if _, echo, err := readFrame(r); err != nil || string(echo) != "hello" {
-				t.Fatalf("got %q, %v", echo, err)
-			}
-			writeFrame(conn, 8, nil)
-			if opcode, _, err := readFrame(r); err != nil || opcode != 8 {
-				t.Fatalf("got opcode %d, %v; want the close frame", opcode, err)
-			}
-			if _, err := r.ReadByte(); err != io.EOF {
-				t.Errorf("got %v, want the connection closed", err)
-			}
+			defer conn.Close()
+			io.WriteString(conn, switching+"Sec-WebSocket-Protocol: realtime\r\n\r\ngreeting,")
+			io.Copy(conn, buffered)
 		})
+		upstream := newUpstream(t, handler)
+		if scheme == "https" {
+			upstream = httptest.NewTLSServer(handler)
+			t.Cleanup(upstream.Close)
+		}
+		p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "sesame"})
+		// The first frame follows the head at once, as some clients send it.
+		_, r := p.dial(t, "GET /v1/realtime?api-key=sesame HTTP/1.1\r\n"+webSocketHead+
+			"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sesame\r\n\r\nhello")
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil || resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Protocol") != "realtime" {
+			t.Fatalf("%s: got %+v, %v", scheme, resp, err)
+		}
+		if sent := <-asked; strings.Contains(sent, "sesame") {
+			t.Errorf("%s: the key went upstream: %s", scheme, sent)
+		}
+		got := make([]byte, len("greeting,hello"))
+		if _, err := io.ReadFull(r, got); err != nil || string(got) != "greeting,hello" {
+			t.Errorf("%s: got %q, %v", scheme, got, err)
+		}
 	}
 }
 
@@ -3780,8 +2808,7 @@ func TestTunnelDeliversAllThatTheUpstreamSent(t *testing.T) {
 }
 
 // TestTunnelEndsInEachDirectionByItself has one side send its last bytes and shut its sending side,
-// and
-// the other one answer only then.
+// and the other one answer only then.
 func TestTunnelEndsInEachDirectionByItself(t *testing.T) {
 	const last, answer = "last bytes of the one", "last bytes of the other"
 	answerTo := func(conn net.Conn, r io.Reader) error { // answers when the other has ended
@@ -3878,38 +2905,7 @@ func TestTunnelDoesNotWaitForEver(t *testing.T) {
 	}
 }
 
-// TestTunnelEndsWhenOneSideBreaks, however long the other would go on.
-func TestTunnelEndsWhenOneSideBreaks(t *testing.T) {
-	followLog(t)
-	ended := make(chan error, 1)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			ended <- err
-			return
-		}
-		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(safetyNet))
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: "+
-			"Upgrade\r\nUpgrade: websocket\r\n\r\n")
-		for err == nil { // takes no notice of an end in the other direction
-			_, err = io.WriteString(conn, "event\n")
-		}
-		ended <- err
-	})
-	p := startProxy(t, newFakeIdentity(t), upstream, vars{"HOST": "127.0.0.1"})
-	conn, r := p.dial(t, "GET /x HTTP/1.1\r\n"+webSocketHead+"\r\n")
-	if _, err := http.ReadResponse(r, nil); err != nil {
-		t.Fatal(err)
-	}
-	conn.(*net.TCPConn).SetLinger(0)
-	conn.Close()
-	if err := <-ended; errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the tunnel is still open: %v", err)
-	}
-}
-
-// forward.go: what is logged, and hints.
+// forward.go: what is logged.
 
 func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 	logged := followLog(t)
@@ -3919,13 +2915,14 @@ func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 	})
 	p := startProxy(t, newFakeIdentity(t), upstream, vars{"EXPECTED_KEY": "open sesame"})
 	conn, r := p.dial(t, "GET /v1/open%20sesame/\xe2\x80\xa8\xc2\x9b?api-key=open+sesame&API%2D"+
-		"key=other1&x=%6fpen%20sesame;authorization=other2 HTTP/1.1\r\n"+
+		"key=other1&x=%6fpen%20sesame&authorization=other2 HTTP/1.1\r\n"+
 		"Host: {host}\r\napi-key: open sesame\r\nAuthorization: Bearer other3\r\n\r\n")
 	if _, err := http.ReadResponse(r, nil); err != nil {
 		t.Fatal(err)
 	}
 	p.do(t, "POST /deployments/gpt-4o?api-version=1 HTTP/1.1\r\nHost: {host}\r\nConnection: "+
 		"close\r\napi-key: open sesame\r\n\r\n")
+	logged.waitFor(t, "api-version=1 after ")
 	text := logged.String()
 	for _, secret := range []string{"sesame", "other1", "other2", "other3", "token-1",
 		"\xe2\x80\xa8", "\xc2\x9b"} {
@@ -3937,8 +2934,7 @@ func TestLogTellsNoSecretsAndCannotBeForged(t *testing.T) {
 		`/deployments/gpt-4o\?api-version=1 from 127\.0\.0\.1:\d+$`)
 	problem := regexp.MustCompile(`(?m)POST ` +
 		`http://127\.0\.0\.1:\d+/openai/deployments/gpt-4o\?api-version=1 after \d.*: answered ` +
-		`404 Not Found: DeploymentNotFound; ` +
-		`hint: there is no deployment "gpt-4o" in the resource.*; apim-request-id id-1$`)
+		`404 Not Found: DeploymentNotFound; apim-request-id id-1; hint: the resource has no `)
 	if !arrival.MatchString(text) || !problem.MatchString(text) {
 		t.Errorf("got\n%s", text)
 	}
@@ -3964,65 +2960,59 @@ func TestKeyInATargetIsNotLogged(t *testing.T) {
 				t.Errorf("key %q: %s", key, line)
 			}
 		}
-		if n := strings.Count(logged.String(), " GET "); n < len(forms) {
+		if n := strings.Count(logged.String(), "not shown"); n < len(forms) {
 			t.Errorf("key %q: %d lines of %d requests", key, n, len(forms))
 		}
 	}
 }
 
-// TestWhatTheUpstreamSaysIsSafeInTheLog has it repeat the Authorization it was sent, whole and in
-// part, and the client's key, wherever something of an answer is logged or told.
-func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
+// TestTokenNeverGetsIntoTheLog: the upstream repeats it wherever it can, and the client's key, and
+// the identity endpoint does so in a refusal to the next request.
+func TestTokenNeverGetsIntoTheLog(t *testing.T) {
 	const key = "open-sesame"
-	token := "eyJ0eXAiOiJKV1Qi." + strings.Repeat("t0k3n", 300)
-	body := `{"error":{"code":"TOKEN","param":"KEY","message":"TOKEN a prompt KEY"}}`
+	signature := strings.Repeat("s1gnature", 38)
+	token := "eyJ0eXAiOiJKV1Qi." + strings.Repeat("payload", 140) + "." + signature
 	tests := []struct{ name, answer, want string }{
 		{"reason phrase", "HTTP/1.1 403 TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
-			"answered 403 Forbidden"},
-		{"Retry-After", "HTTP/1.1 429 No\r\nRetry-After: TOKEN KEY\r\nContent-Length: 0\r\n\r\n",
-			"answered 429 Too Many Requests; Retry-After: REDACTED REDACTED; hint: too many"},
-		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: x TOKEN KEY\r\n" +
-			"Content-Length: 0\r\n\r\n",
-			"answered 500 Internal Server Error; apim-request-id x REDACTED REDACTED"},
-		{"half of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: HALF\r\n" +
-			"Content-Length: 0\r\n\r\n",
-			"apim-request-id REDACTED"},
-		{"at the cut", "HTTP/1.1 500 No\r\nApim-Request-Id: FILLTOKEN\r\nContent-Length: 0\r\n\r\n",
-			"x x REDA…"},
-		{"rest of the token", "HTTP/1.1 500 No\r\nApim-Request-Id: REST\r\n" +
-			"Content-Length: 0\r\n\r\n",
-			"apim-request-id REDACTED\n"},
-		{"many words", "HTTP/1.1 500 No\r\nApim-Request-Id: " + strings.Repeat("ab ", 999) +
-			"\r\nContent-Length: 0\r\n\r\n", "ab ab…\n"},
-		{"unknown status", "HTTP/1.1 529 TOKEN\r\nContent-Length: 0\r\n\r\n", ": answered 529\n"},
-		{"body", "HTTP/1.1 400 No\r\n\r\n" + body, "answered 400 Bad Request: (param REDACTED)"},
+			": answered 403 Forbidden; hint: "},
+		{"reason phrase of no status", "HTTP/1.1 529 TOKEN\r\nContent-Length: 0\r\n\r\n", ": answered 529"},
+		{"Retry-After", "HTTP/1.1 429 No\r\nRetry-After: TOKEN\r\nContent-Length: 0\r\n\r\n",
+			"answered 429 Too Many Requests; hint: too many"},
+		{"request id", "HTTP/1.1 500 No\r\nApim-Request-Id: TOKEN\r\nContent-Length: 0\r\n\r\n",
+			"answered 500 Internal Server Error\n"},
+		{"request id, forged", "HTTP/1.1 500 No\r\nApim-Request-Id: a\xe2\x80\xa8b\r\n" +
+			"Content-Length: 0\r\n\r\n", "answered 500 Internal Server Error\n"},
+		{"body", "HTTP/1.1 400 No\r\n\r\n" +
+			`{"error":{"code":"TOKEN","type":"TOKEN","param":"TOKEN","message":"TOKEN a prompt KEY"}}`,
+			"answered 400 Bad Request\n"},
 		{"status line", "TOKEN KEY\r\n\r\n", "the answer is not HTTP"},
+		{"status", "HTTP/1.1 TOKEN KEY\r\n\r\n", "the answer is not HTTP"},
 		{"header line", "HTTP/1.1 200 OK\r\nTOKEN KEY\r\n\r\n", "the answer is not HTTP"},
+		{"length", "HTTP/1.1 200 OK\r\nContent-Length: TOKEN\r\n\r\n", "no answer from "},
+		{"framing", "HTTP/1.1 200 OK\r\nTransfer-Encoding: TOKEN\r\n\r\n", "no answer from "},
+		{"chunk", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nTOKEN\r\n", "answer cut: "},
 		{"trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nTOKEN KEY\r\n\r\n",
-			"answer cut: the connection ended, or the answer is not HTTP"},
-		{"100", "HTTP/1.1 101 TOKEN KEY\r\n\r\n", "unexpected status 101 Switching Protocols"},
-		{"long", "HTTP/1.1 429 No\r\nRetry-After: " + strings.Repeat("9", 900_000) +
-			"\r\nApim-Request-Id: id\r\nContent-Length: 0\r\n\r\n",
-			"Retry-After: REDACTED; hint: too many requests or tokens for the deployment's " +
-				"quota; apim-request-id id\n"},
-		{"forged", "HTTP/1.1 500 No\r\nApim-Request-Id: a\xe2\x80\xa8b\xc2\x9bc\r\n" +
-			"Content-Length: 0\r\n\r\n",
-			"apim-request-id a b c\n"},
+			"answer cut: "},
+		{"unsolicited", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhiTOKEN KEY",
+			"Unsolicited response received on idle HTTP channel\n"},
+		{"unsolicited, its end", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhiHTTP/1.1 400 SIGNATURE",
+			"Unsolicited response received on idle HTTP channel\n"},
 	}
-	fill := strings.NewReplacer("TOKEN", token, "KEY", key, "HALF", token[:len(token)/2],
-		"REST", token[len(token)/2:], "FILL", strings.Repeat("x ", maxPiece/2-2))
+	fill := strings.NewReplacer("TOKEN", token, "KEY", key, "SIGNATURE", signature)
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			logged := followLog(t)
 			identity := newFakeIdentity(t)
-			identity.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-				fmt.Fprint(w, tokenAnswer(token, time.Hour))
-			})
-			upstream := newUpstream(t, answerRaw(fill.Replace(tt.answer)))
-			p := startProxy(t, identity, upstream, vars{"EXPECTED_KEY": key, "HOST": "127.0.0.1"})
-			_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: "+
-				"close\r\napi-key: "+key+"\r\n\r\n")
+			identity.answerWith(refuse(200, "", tokenAnswer(token, time.Hour)))
+			p := startProxy(t, identity, newUpstream(t, answerRaw(fill.Replace(tt.answer))),
+				vars{"EXPECTED_KEY": key})
+			_, r := p.dial(t, "GET /x HTTP/1.1\r\nHost: {host}\r\napi-key: "+key+"\r\nConnection: close\r\n\r\n")
 			answer, _ := io.ReadAll(r)
+			logged.waitFor(t, strings.TrimSuffix(tt.want, "\n"))
+			identity.answerWith(refuse(400, "", fill.Replace("TOKEN TOKEN")))
+			held, _ := p.tokens.current(context.Background())
+			p.tokens.rejected(held)
+			logged.waitFor(t, "no new token: IMDS at ")
 			text := logged.String()
 			if !strings.Contains(text, tt.want) {
 				t.Errorf("got %s, want %q", text, tt.want)
@@ -4030,22 +3020,10 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 			if bytes.HasPrefix(answer, []byte("HTTP/1.1 502 ")) {
 				text += string(answer)
 			}
-			for _, never := range []string{"t0k3n", "sesame", "\xe2\x80\xa8"} {
+			for _, never := range []string{signature[:30], signature[312:], key, "\xe2\x80\xa8"} {
 				if strings.Contains(text, never) {
 					t.Errorf("%q is told: %s", never, text)
 				}
-			}
-			for _, line := range strings.Split(text, "\n") {
-				if len(line) > 2500 {
-					t.Errorf("a line of %d bytes", len(line))
-				}
-			}
-
-			var out bytes.Buffer
-			runCheck(vars{"TARGET_URL": upstream.URL, "EXPECTED_KEY": key,
-				"AZURE_POD_IDENTITY_AUTHORITY_HOST": identity.URL}, &out)
-			if strings.Contains(out.String(), "t0k3n") || strings.Contains(out.String(), "sesame") {
-				t.Errorf("-check tells %s", &out)
 			}
 		})
 	}
@@ -4055,6 +3033,8 @@ func TestWhatTheUpstreamSaysIsSafeInTheLog(t *testing.T) {
 func TestWhatTheClientSaysIsBoundedInTheLog(t *testing.T) {
 	logged := followLog(t)
 	p := startProxy(t, newFakeIdentity(t), newUpstream(t, http.NotFound), nil)
+	logged.waitFor(t, "token ready")
+	started := len(logged.String())
 	long := strings.Repeat("A", 20_000)
 	for _, line := range []string{"GET /" + long, "GET /x?" + long, long + " /x", "GET /x?" + long +
 		"%zz",
@@ -4064,464 +3044,150 @@ func TestWhatTheClientSaysIsBoundedInTheLog(t *testing.T) {
 			t.Errorf("%.9s: got %d", line, resp.StatusCode)
 		}
 	}
-	for _, line := range strings.Split(logged.String(), "\n") {
-		if len(line) > 1500 {
-			t.Errorf("a line of %d bytes: %.99s", len(line), line)
+	for _, line := range strings.Split(logged.String()[started:], "\n") {
+		isComplete := strings.Contains(line, " from 127.0.0.1:") || strings.Contains(line, " after ")
+		if len(line) > 500 || line != "" && !isComplete {
+			t.Errorf("a line of %d bytes: %s", len(line), line)
 		}
 	}
 }
 
-// TestReasonOfARefusalIsLogged: its code and parameter, never its message.
+// TestReasonOfARefusalIsLogged: its code and parameter, never its message, and what to do about it.
 func TestReasonOfARefusalIsLogged(t *testing.T) {
-	tests := []struct{ name, body, want string }{
-		{"Azure OpenAI", `{"error":{"message":"LEAK","type":"LEAK","param":"max_tokens","code":` +
-			`"unsupported_parameter"}}`,
-			"unsupported_parameter (param max_tokens)"},
-		{"Claude", `{"type":"error","error":{"type":"not_found_error","message":"LEAK"}}`,
-			"not_found_error"},
-		{"an index", `{"error":{"code":"a","param":"messages[0].content"}}`,
-			"a (param messages[0].content)"},
-		{"parameter alone", `{"error":{"param":"n"}}`, "(param n)"},
-		{"null", `{"error":{"code":null,"type":null,"param":null}}`, ""},
-		{"number", `{"error":{"code":400,"param":1}}`, ""},
-		{"words", `{"error":{"code":"LEAK is no code","param":"LEAK\n"}}`, ""},
-		{"not ASCII", `{"error":{"code":"LEAK\u202e"}}`, ""},
-		{"too long", `{"error":{"code":"` + strings.Repeat("LEAK", 17) + `"}}`, ""},
-		{"object", `{"error":{"code":{"LEAK":1},"param":["LEAK"]}}`, ""},
-		{"error of text", `{"error":"LEAK"}`, ""},
-		{"message alone", `{"statusCode":401,"message":"LEAK"}`, ""},
-		{"array", `["LEAK"]`, ""},
-		{"not JSON", `LEAK`, ""},
-		{"cut", `{"error":{"code":"LEAK"`, ""},
-		{"status", `{"error":{"code":"418"}}`, ""},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			logged := followLog(t)
-			upstream := newUpstream(t, func(w http.ResponseWriter,
-				r *http.Request) {
-				writeJSON(w, 418, tt.body)
-			})
-			p := startProxy(t, newFakeIdentity(t), upstream, nil)
-			p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
-			want := ": answered 418 I'm a teapot\n"
-			if tt.want != "" {
-				want = ": answered 418 I'm a teapot: " + tt.want + "\n"
-			}
-			if text := logged.String(); !strings.Contains(text, want) ||
-				strings.Contains(text, "LEAK") {
-				t.Errorf("got %s, want %q", text, want)
-			}
-		})
-	}
-}
-
-func TestUpstreamHints(t *testing.T) {
-	f := &forwarder{secrets: &secrets{}}
-	const jwt = "e30.eyJhdWQiOiJodHRwczovL2EuZXhhbXBsZSIsIm9pZCI6IjEyMyJ9.sig"
+	const lacks = "; hint: the identity with object id 123 lacks the role "
+	const openAI, claude = "/v1/x", "/v1/messages"
 	tests := []struct {
+		name, target string
 		status       int
-		answer, want string
+		body, want   string
 	}{
-		{401, `{"error":{"code":"PermissionDenied","message":"The principal lacks the required ` +
-			`data action"}}`, "object id 123 lacks the role Cognitive Services OpenAI User"},
-		{401, `{"error":{"message":"Access token is missing, invalid, audience is incorrect"}}`,
-			"the token is for https://a.example, the wrong audience"},
-		{403, `{"error":{"message":"Access denied due to Virtual Network/Firewall rules."}}`,
-			"network rules refuse this host"},
-		{404, `{"error":{"code":"DeploymentNotFound"}}`,
-			"there is no deployment of this name in the resource"},
-		{404, `{"error":{"code":"404","message":"Resource not found"}}`, "no such path"},
-		{400, `Please provide a custom subdomain for token authentication`,
-			"a regional endpoint takes no tokens"},
-		{429, ``, "Retry-After: 7"},
-	}
-	for _, tt := range tests {
-		resp := &http.Response{StatusCode: tt.status, Status: strconv.Itoa(tt.status),
-			Header: http.Header{}}
-		if tt.status == 429 {
-			resp.Header.Set("Retry-After", "7")
-		}
-		req := &http.Request{URL: &url.URL{Opaque: "/openai/v1/models"}}
-		text, hint, _ := f.explain(req, resp, []byte(tt.answer), "http://localhost",
-			token{authorization: "Bearer " + jwt})
-		if got := withHint(text, hint); !strings.Contains(got, tt.want) {
-			t.Errorf("%d %s: got %q, want %q in it", tt.status, tt.answer, got, tt.want)
-		}
-	}
-}
+		{"Azure OpenAI", openAI, 418, `{"error":{"message":"LEAK","type":"LEAK","param":"max_tokens",` +
+			`"code":"unsupported_parameter"}}`, ": unsupported_parameter, param max_tokens"},
+		{"Claude", claude, 418, `{"type":"error","error":{"type":"not_found_error","message":"LEAK"}}`,
+			": not_found_error"},
+		{"an index", openAI, 418, `{"error":{"code":"a","param":"messages[0].content"}}`,
+			": a, param messages[0].content"},
+		{"parameter alone", openAI, 418, `{"error":{"param":"n"}}`, ", param n"},
+		{"null", openAI, 418, `{"error":{"code":null,"type":null,"param":null}}`, ""},
+		{"number beside a parameter", openAI, 418, `{"error":{"code":400,"param":"n"}}`, ", param n"},
+		{"words", openAI, 418, `{"error":{"code":"LEAK! no code","param":"LEAK\n"}}`, ""},
+		{"too long", openAI, 418, `{"error":{"code":"` + strings.Repeat("LEAK", 17) + `"}}`, ""},
+		{"object", openAI, 418, `{"error":{"code":{"LEAK":1},"param":["LEAK"]}}`, ""},
+		{"error of text", openAI, 418, `{"error":"LEAK"}`, ""},
+		{"not JSON", openAI, 418, `LEAK`, ""},
 
-// TestMistakesInAPathAreNamed: a client says only that something is not found.
-func TestMistakesInAPathAreNamed(t *testing.T) {
-	const openAI, claude, both = "/openai/", "/anthropic/", "/openai/ {URL}/anthropic/"
-	const lacksV1, addsIt = "the client's base URL lacks /v1: give it http://{host}/v1",
-		"the client adds this itself: leave /v1 out of its base URL, as in http://{host}"
-	tests := []struct{ name, base, target, want string }{
-		{"chat without v1", openAI, "/chat/completions", lacksV1},
-		{"Responses without v1", openAI, "/openai/responses", lacksV1},
-		{"embeddings without v1", both, "/embeddings", lacksV1},
-		{"classic Responses", openAI, "/responses?api-version=2025-04-01-preview",
-			"there is no such path"},
-		{"deployment without a version", openAI, "/deployments/d/chat/completions",
-			"the query lacks api-version"},
-		{"deployment with another parameter", openAI,
-			"/openai/deployments/d/embeddings?a=api-version", "the query lacks api-version"},
-		{"deployment with a version", openAI, "/deployments/d/x?api-version=2024-10-21",
-			"there is no such path"},
-		{"v1 twice", openAI, "/v1/v1/responses", addsIt},
-		{"v1 before openai", openAI, "/v1/openai/deployments/d/x?api-version=2024-10-21", addsIt},
-		{"v1 before deployments", openAI, "/v1/deployments/d/x?api-version=2024-10-21", addsIt},
-		{"v1 of TARGET_URL before deployments", "/openai/v1/", "/deployments/d/x?api-version=1",
-			addsIt + ", and out of TARGET_URL"},
-		{"v1 twice, and in TARGET_URL", "/openai/v1/", "/v1/v1/models", addsIt},
-		{"Claude at GPT's", openAI, "/v1/messages?beta=true",
-			"Claude needs a TARGET_URL that ends in /anthropic/"},
-		{"Claude's tokens counted at GPT's", both, "/v1/messages/count_tokens",
-			"Claude's base URL is http://{host}/anthropic"},
-		{"Claude, v1 twice", claude, "/v1/v1/messages", addsIt},
-		{"Claude without v1", claude, "/messages", lacksV1},
-		{"Claude without v1, second", both, "/anthropic/messages",
-			"lacks /v1: give it http://{host}/anthropic/v1"},
-		{"GPT at Claude's", claude, "/v1/chat/completions", "GPT needs a TARGET_URL that ends in"},
-		{"GPT at Claude's, with its own path", claude, "/openai/v1/chat/completions",
-			"GPT needs a TARGET_URL that ends in /openai/"},
-		{"GPT at Claude's, which is first", "/anthropic/ {URL}/openai/", "/v1/chat/completions",
-			"GPT's base URL is http://{host}/openai/v1"},
-		{"GPT at Claude's, which is second", both, "/anthropic/v1/responses",
-			"GPT's base URL is http://{host}/v1"},
-		{"deployment at Claude's", claude, "/deployments/d/chat/completions",
-			"there is no such path"},
-		{"Claude at GPT's, with its own path", openAI, "/anthropic/v1/messages",
-			"Claude needs a TARGET_URL that ends in /anthropic/"},
-		{"Claude below GPT", both, "/openai/anthropic/v1/messages",
-			"Claude's base URL is http://{host}/anthropic"},
-		{"Claude's telemetry", both, "/anthropic/api/event_logging/batch", "there is no such path"},
-		{"Claude's root", both, "/anthropic", "there is no such path"},
-		{"GPT's root", openAI, "/openai", "there is no such path"},
-		{"openai twice", openAI, "/openai/openai/v1/responses", "there is no such path"},
-		{"another API", openAI, "/v1beta/models/x:generateContent", "there is no such path"},
-		{"target without a path before Claude's", "/ {URL}/anthropic/", "/anthropic/v1/v1/messages",
-			"leave /v1 out of its base URL, as in http://{host}/anthropic"},
-		{"no mistake", openAI, "/v1/files/none", "there is no such path"},
-		{"v1 alone", openAI, "/v1", "there is no such path"},
-		{"TARGET_URL without a path", "/", "/openai/chat/completions", "there is no such path"},
-		{"path of a gateway", "/gateway/", "/chat/completions", "there is no such path"},
+		{"role", openAI, 401, `{"error":{"code":"PermissionDenied"}}`,
+			": PermissionDenied" + lacks + "Cognitive Services OpenAI User on"},
+		{"role, without a reason", openAI, 401, ``, lacks + "Cognitive Services OpenAI User on"},
+		{"role for Claude", claude, 403, `{"error":{"message":"no permission"}}`,
+			lacks + "Cognitive Services User on"},
+		{"audience", openAI, 401, `{"error":{"message":"token is missing, audience is incorrect"}}`,
+			"; hint: the token is for https://a.example: if the service wants another audience"},
+		{"network", openAI, 403, `{"error":{"message":"Access denied due to Firewall rules."}}`,
+			"; hint: a network rule or policy"},
+		{"deployment", openAI, 404, `{"error":{"code":"DeploymentNotFound"}}`,
+			": DeploymentNotFound; hint: the resource has no deployment of this name"},
+		{"path", openAI, 404, `{"error":{"code":"404","message":"Resource not found"}}`,
+			": 404; hint: there is no such path"},
+		{"regional endpoint", openAI, 400, `Please provide a custom subdomain for token authentication`,
+			"; hint: a regional endpoint takes no tokens"},
+		{"gateway's key", openAI, 401, `Access denied due to missing subscription key.`,
+			"; hint: the gateway wants a key of its own"},
+		{"web page", openAI, 503, `<!DOCTYPE html><HTML>`, "; hint: a web page answered"},
+		{"quota", openAI, 429, ``, "; hint: too many requests or tokens"},
 	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			logged := followLog(t)
-			upstream := newUpstream(t, refuse(404, "", `{"error":{"code":"404"}}`))
-			p := startProxy(t, newFakeIdentity(t), upstream, vars{
-				"TARGET_URL": upstream.URL + strings.ReplaceAll(tt.base, "{URL}", upstream.URL)})
-			p.do(t, "POST "+tt.target+" HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"+
-				"Connection: close\r\n\r\n")
-			logged.waitFor(t, strings.ReplaceAll(tt.want, "{host}", p.addr))
-		})
-	}
-}
-
-// TestRefusalIsExplainedToTheEnd, even if the client has left before the log is written.
-func TestRefusalIsExplainedToTheEnd(t *testing.T) {
-	logged := followLog(t)
-	ctx, leave := context.WithCancel(context.Background())
-	leave()
-	r := httptest.NewRequest("POST", "/x", nil).WithContext(ctx)
-	req := &http.Request{Method: "POST", URL: &url.URL{Scheme: "https", Host: "h", Opaque: "/x"}}
-	f := &forwarder{secrets: &secrets{}}
-	f.logProblem(r, req, &http.Response{StatusCode: 403}, time.Now(), "answered 403")
-	f.logProblem(r, req, nil, time.Now(), "no answer")
-	text := logged.String()
-	if !strings.Contains(text, ": answered 403\n") || strings.Contains(text, "no answer") {
-		t.Errorf("got %s", text)
-	}
-}
-
-// TestMissingDeploymentIsNamed, from the path or the body, of which nothing else is logged.
-func TestMissingDeploymentIsNamed(t *testing.T) {
-	long := strings.Repeat("m", 65)
-	tests := []struct{ name, target, body, want string }{
-		{"model", "/v1/responses", `{"input":"LEAK","model":"gpt-5.1","a":{"model":"LEAK"}}`,
-			`no deployment "gpt-5.1" in`},
-		{"path", "/deployments/my%20gpt/chat/completions?api-version=2024-10-21",
-			`{"model":"LEAK"}`, `no deployment "my gpt" in`},
-		{"64 characters", "/v1/responses", `{"model":"` + long[1:] + `"}`,
-			`no deployment "` + long[1:] + `" in`},
-		{"65 characters", "/v1/responses", `{"model":"` + long + `"}`,
-			"no deployment of this name in"},
-		{"forged", "/v1/responses", `{"model":"LEAK\n2026/01/01"}`,
-			"no deployment of this name in"},
-		{"not ASCII", "/v1/responses", `{"model":"LEAK\u202e"}`, "no deployment of this name in"},
-		{"quotes", "/v1/responses", `{"model":"a\"; hint: b"}`, `no deployment "a\"; hint: b" in`},
-		{"the key", "/v1/responses", `{"model":"s3cret-\"of\\the-clients"}`,
-			`no deployment "REDACTED" in`},
-		{"the key in a path",
-			"/deployments/s3cret-%22of%5Cthe-clients/x?api-version=2024-10-21", "",
-			`no deployment "REDACTED" in`},
-		{"in capitals", "/v1/responses", `{"MODEL":"LEAK"}`, "no deployment of this name in"},
-		{"model of another provider", "/v1/responses", `{"model":"openai/gpt-5"}`,
-			`no deployment "openai/gpt-5" in`},
-		{"number", "/v1/responses", `{"model":5,"b":"LEAK"}`, "no deployment of this name in"},
-		{"not JSON", "/v1/responses", `model=LEAK`, "no deployment of this name in"},
-		{"cut JSON", "/v1/responses", `{"model":"LEAK"`, "no deployment of this name in"},
-		{"JSON and more", "/v1/responses", `{"model":"LEAK"} {}`, "no deployment of this name in"},
-		{"no body", "/v1/responses", ``, "no deployment of this name in"},
-		{"longer than 256 KiB", "/v1/responses",
-			`{"model":"LEAK","input":"` + strings.Repeat("x", 256<<10) + `"}`,
-			"no deployment of this name in"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			logged := followLog(t)
-			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-				io.Copy(io.Discard, r.Body)
-				writeJSON(w, 404, `{"error":{"code":"DeploymentNotFound","message":"LEAK"}}`)
-			})
-			p := startProxy(t, newFakeIdentity(t), upstream,
-				vars{"EXPECTED_KEY": `s3cret-"of\the-clients`})
-			p.do(t, fmt.Sprintf("POST %s HTTP/1.1\r\nHost: {host}\r\nContent-Length: %d\r\n"+
-				"api-key: s3cret-\"of\\the-clients\r\nConnection: close\r\n\r\n%s",
-				tt.target, len(tt.body), tt.body))
-			logged.waitFor(t, tt.want)
-			if text := logged.String(); strings.Contains(text, "LEAK") ||
-				strings.Contains(text, "s3cret") {
-				t.Errorf("the log has more of the body:\n%s", text)
-			}
-		})
-	}
-}
-
-// TestDebugTellsOfEveryAnswer, once, and without a body.
-func TestDebugTellsOfEveryAnswer(t *testing.T) {
-	const body = `{"LEAK":1}`
-	long := strings.Repeat("L", 300<<10)
-	tests := []struct{ name, request, want string }{
-		{"answer", "POST /v1/x?api-key=LEAK HTTP/1.1\r\nHost: {host}\r\n" +
-			"Content-Length: 10\r\n\r\n" + body,
-			`debug: POST /v1/x\?: answer 200 OK, first byte after \d.*s, end after \d.*s, ` +
-				`10 bytes up, 4 down, apim-request-id id-1$`},
-		{"streamed upload", "POST /v1/x HTTP/1.1\r\nHost: {host}\r\n" +
-			"Content-Length: 307200\r\n\r\n" + long,
-			`: answer 200 OK, .*, 307200 bytes up, 4 down,`},
-		{"refusal", "GET /v1/refused HTTP/1.1\r\nHost: {host}\r\n\r\n",
-			`debug: GET /v1/refused: answer 418 I'm a teapot, .*, 0 bytes up, 6 down, ` +
-				`apim-request-id none$`},
-		{"tunnel", "GET /v1/realtime HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n" +
-			"Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-			`debug: GET /v1/realtime: tunnel 101 Switching Protocols, .*, 3 bytes up, 5 down, `},
-		{"cut answer", "GET /v1/cut HTTP/1.1\r\nHost: {host}\r\n\r\n",
-			`debug: GET /v1/cut: part of an answer 200 OK, .*, 0 bytes up, 4 down, `},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			logged := followLog(t)
-			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-				io.Copy(io.Discard, r.Body)
-				switch {
-				case strings.HasSuffix(r.URL.Path, "/refused"):
-					writeJSON(w, 418, `"LEAK"`)
-				case strings.HasSuffix(r.URL.Path, "/cut"):
-					w.Header().Set("Content-Length", "5")
-					io.WriteString(w, "LEAK")
-				case r.Header.Get("Upgrade") != "":
-					conn, _, err := http.NewResponseController(w).Hijack()
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					defer conn.Close()
-					io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n"+
-						"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\nLEAK!")
-					io.ReadFull(conn, make([]byte, 3))
-				default:
-					w.Header().Set("Apim-Request-Id", "id-1")
-					io.WriteString(w, "LEAK")
-				}
-			})
-			p := startProxy(t, newFakeIdentity(t), upstream, vars{"AZURE_LOG_LEVEL": "debug"})
-			conn, r := p.dial(t, tt.request)
-			resp, err := http.ReadResponse(r, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if tt.name == "tunnel" {
-				io.WriteString(conn, "abc")
-				conn.(*net.TCPConn).CloseWrite()
-				io.ReadAll(r)
-			} else {
-				io.ReadAll(resp.Body)
-			}
-			line, _ := logged.waitFor(t, "bytes up")
-			if !regexp.MustCompile(tt.want).MatchString(line) {
-				t.Errorf("got %q, want %q", line, tt.want)
-			}
-			if text := logged.String(); strings.Contains(text, "LEAK") ||
-				strings.Count(text, "bytes up") != 1 {
-				t.Errorf("a body is in the log, or several lines:\n%s", text)
-			}
-		})
-	}
-}
-
-// TestRefusalsAreExplainedThoughCompressed, as the client asked for that.
-func TestRefusalsAreExplainedThoughCompressed(t *testing.T) {
-	const audience = `{"error":{"code":"401","message":"Access token is missing, invalid, ` +
-		`audience is incorrect"}}`
-	pack := func(newWriter func(io.Writer) io.WriteCloser, text string) string {
-		var packed bytes.Buffer
-		w := newWriter(&packed)
+	const jwt = "e30.eyJhdWQiOiJodHRwczovL2EuZXhhbXBsZSIsIm9pZCI6IjEyMyJ9.sig"
+	identity := newFakeIdentity(t)
+	identity.answerWith(refuse(200, "", tokenAnswer(jwt, time.Hour)))
+	packed := func(text string) string {
+		var buf strings.Builder
+		w := gzip.NewWriter(&buf)
 		io.WriteString(w, text)
 		w.Close()
-		return packed.String()
-	}
-	gzipped := func(text string) string {
-		return pack(func(w io.Writer) io.WriteCloser { return gzip.NewWriter(w) }, text)
-	}
-	deflated := pack(func(w io.Writer) io.WriteCloser { return zlib.NewWriter(w) }, audience)
-	bomb := gzipped(strings.Repeat(" ", 1<<20))
-	if plain, _ := unpacked([]byte(bomb), "gzip"); len(plain) != maxBeginning {
-		t.Errorf("%d bytes unpacked, want %d at most", len(plain), maxBeginning)
-	}
-	const wrong, role = "the wrong audience", "lacks the role"
-	tests := []struct {
-		name, encoding, body string
-		status               int
-		want, not            string
-	}{
-		{"gzip", "gzip", gzipped(audience), 401, wrong, role},
-		{"gzip in capitals", "GZIP", gzipped(audience), 401, wrong, role},
-		{"x-gzip", "x-gzip", gzipped(audience), 401, wrong, role},
-		{"deflate", "deflate", deflated, 401, wrong, role},
-		{"deflate, bare", "deflate", pack(func(w io.Writer) io.WriteCloser {
-			bare, _ := flate.NewWriter(w, flate.DefaultCompression)
-			return bare
-		}, audience), 401, wrong, role},
-		{"identity", "identity", audience, 401, wrong, role},
-		{"gzip, its beginning", "gzip", gzipped(audience + random(99_000)), 401, wrong, role},
-		{"code", "gzip", gzipped(`{"error":{"code":"unsupported_parameter","param":"max_tokens"}}`),
-			400,
-			"answered 400 Bad Request: unsupported_parameter (param max_tokens)\n", "hint"},
-		{"brotli", "br", "\x0b\x02\x80", 401, "compressed in a way that cannot be read here", role},
-		{"two encodings", "gzip, br", gzipped(audience), 401,
-			"compressed in a way that cannot be read here", role},
-		{"not gzip", "gzip", audience, 401, "compressed in a way that cannot be read here", role},
-		{"empty gzip", "gzip", "", 401, role, "compressed"},
-		{"brotli, a 404", "br", "\x0b\x02\x80", 404, "compressed in a way", "no such path"},
-		{"brotli, a 429", "br", "\x0b\x02\x80", 429, "too many requests", role},
+		return buf.String()
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
+		for _, encoding := range []string{"", "gzip"} {
 			logged := followLog(t)
 			upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-				w.Header().Set("Content-Encoding", tt.encoding)
+				body := tt.body
+				if encoding != "" {
+					w.Header().Set("Content-Encoding", encoding)
+					body = packed(body)
+				}
 				w.WriteHeader(tt.status)
-				io.WriteString(w, tt.body)
+				io.WriteString(w, body)
 			})
-			p := startProxy(t, newFakeIdentity(t), upstream, nil)
-			_, body := p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\nAccept-Encoding: "+
-				""+tt.encoding+"\r\n"+
-				"Connection: close\r\n\r\n")
-			text := logged.String()
-			if body != tt.body || !strings.Contains(text, tt.want) ||
-				strings.Contains(text, tt.not) {
-				t.Errorf("got %d bytes and %s, want %d bytes and %q", len(body), text, len(tt.body),
-					tt.want)
+			p := startProxy(t, identity, upstream, nil)
+			p.do(t, "POST "+tt.target+" HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n")
+			line, _ := logged.waitFor(t, " after ")
+			_, got, _ := strings.Cut(line, ": answered ")
+			want := strconv.Itoa(tt.status) + " " + http.StatusText(tt.status) + tt.want
+			if !strings.HasPrefix(got, want) || tt.status == 418 && got != want ||
+				strings.Contains(logged.String(), "LEAK") {
+				t.Errorf("%s, encoding %q: got %s, want %q", tt.name, encoding, line, want)
 			}
-		})
+		}
 	}
 }
 
-// random is text that does not compress well.
-func random(size int) string {
-	text := make([]byte, size)
-	source := rand.New(rand.NewSource(1))
-	for i := range text {
-		text[i] = letters[source.Intn(len(letters))]
+// TestDebugTellsOfEveryAnswer, once.
+func TestDebugTellsOfEveryAnswer(t *testing.T) {
+	logged := followLog(t)
+	upstream := newUpstream(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Apim-Request-Id", "id-1")
+		io.WriteString(w, "LEAK")
+	})
+	p := startProxy(t, newFakeIdentity(t), upstream, vars{"AZURE_LOG_LEVEL": "debug"})
+	logged.waitFor(t, "debug: token from IMDS at ")
+	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
+	line, _ := logged.waitFor(t, " after ")
+	if !strings.HasSuffix(line, ": answered 200 OK; apim-request-id id-1") ||
+		strings.Contains(logged.String(), "LEAK") {
+		t.Errorf("got %s", logged)
 	}
-	return string(text)
 }
 
 // Fuzz targets.
 
-// FuzzDotEnv: what is read of a setting is in the file, and is read again from what it is written
-// as;
-// an error depends on nothing but the number of a line.
-func FuzzDotEnv(f *testing.F) {
-	for _, seed := range []string{"", "PORT=1\nexport HOST='2' # two\r\n", "\ufeffPORT=\"1\"",
-		"PORT='",
-		"x", "PORT=\x00", "=\n#", "export\tEXPECTED_KEY=k", "HTTPS_PROXY=p\nSSL_CERT_FILE"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		got, err := parseDotEnv(text)
-		if err != nil {
-			number, rest, _ := strings.Cut(strings.TrimPrefix(err.Error(), "line "), ":")
-			n, _ := strconv.Atoi(number)
-			inLine := n >= 1 && n <= 1+strings.Count(text, "\n") &&
-				rest == ` want NAME=value or NAME="value"`
-			if !inLine && !strings.HasPrefix(err.Error(), "is not UTF-8 text; ") {
-				t.Fatalf("%q: error %v", text, err)
-			}
-			return
-		}
-		for name, value := range got {
-			if !isKnown(name) || strings.ContainsAny(value, "\n\x00") ||
-				!strings.Contains(text, value) {
-				t.Fatalf("%q: got %q=%q", text, name, value)
-			}
-			quote := `"`
-			if strings.Contains(value, quote) {
-				quote = "'"
-			}
-			if strings.Contains(value, quote) {
-				continue // cannot be written
-			}
-			again, err := parseDotEnv("export " + name + " = " + quote + value + quote + " # " +
-				value)
-			if err != nil || again[name] != value {
-				t.Fatalf("%q: %s was %q, then %q, %v", text, name, value, again[name], err)
-			}
-		}
-	})
-}
-
 func FuzzPath(f *testing.F) {
 	for _, target := range []string{"/openai/v1", "//elsewhere/", "/..%2f", "/%252e%252e/x",
-		"/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai", "/anthropic/v1",
-		"/v1/anthropic/x", "//anthropic//"} {
+		"/a\\..\\b", "/x?api-key=K&a", "/%2e", "/openai/openai", "/anthropic/v1/messages",
+		"/v1/anthropic/x", "//anthropic//", "/v1/x?api-version=2024", "/deployments/D/x"} {
 		f.Add(target)
 	}
-	f.Fuzz(func(t *testing.T, target string) {
-		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET " + target +
+	f.Fuzz(func(t *testing.T, requestTarget string) {
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader("GET " + requestTarget +
 			" HTTP/1.1\r\nHost: localhost\r\n\r\n")))
 		if err != nil {
 			return
 		}
-		for _, base := range []string{"https://a.example/openai/", "https://a.example/",
-			"https://a.example/openai/ https://a.example/v1/anthropic/"} {
-			parsed, err := parseTargets(base)
+		for base, roots := range map[string][]string{
+			"https://a.example/openai/":       {"/openai/", "/anthropic/v1/"},
+			"https://a.example/gw/anthropic/": {"/gw/openai/", "/gw/anthropic/"},
+			"https://a.example":               {"/openai/", "/anthropic/v1/"},
+			"https://a.example/models":        {"/models/"},
+		} {
+			to, err := parseTarget(base)
 			if err != nil {
 				t.Fatal(err)
 			}
-			forward := &forwarder{targets: parsed}
-			if forward.checkCaller(r, false) != nil {
+			forward := &forwarder{target: to}
+			if forward.checkCaller(r) != nil {
 				continue
 			}
-			req, _, err := forward.upstreamRequest(httptest.NewRecorder(), r, false)
-			if err != nil {
-				t.Fatal(err)
-			}
+			req := forward.upstreamRequest(r, nil)
 			line := req.URL.RequestURI()
-			isBelow := func(u *url.URL) bool { return strings.HasPrefix(line, u.Path) }
-			if req.URL.Host != "a.example" || !slices.ContainsFunc(parsed, isBelow) ||
-				strings.HasPrefix(line, "//") {
-				t.Errorf("%q leaves %s: %q", target, base, line)
+			isBelow := func(root string) bool { return strings.HasPrefix(line, root) }
+			if req.URL.Host != "a.example" || !slices.ContainsFunc(roots, isBelow) {
+				t.Errorf("%q leaves %s: %q", requestTarget, base, line)
 			}
 			path, query, _ := strings.Cut(line, "?")
 			for range 5 {
 				for _, segment := range strings.FieldsFunc(path,
 					func(r rune) bool { return r == '/' || r == '\\' }) {
 					if segment == ".." || segment == "." {
-						t.Errorf("%q climbs: %q", target, line)
+						t.Errorf("%q climbs: %q", requestTarget, line)
 					}
 				}
 				if decoded, err := url.PathUnescape(path); err == nil {
@@ -4529,7 +3195,7 @@ func FuzzPath(f *testing.F) {
 				}
 			}
 			if values, _ := url.ParseQuery(query); values.Has("api-key") {
-				t.Errorf("%q keeps its key: %q", target, line)
+				t.Errorf("%q keeps its key: %q", requestTarget, line)
 			}
 		}
 	})
@@ -4549,8 +3215,9 @@ func FuzzRequestHeader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		for _, upgrade := range []bool{false, true} {
-			for name, values := range upstreamHeader(r.Header, upgrade) {
+		for _, upgrade := range []string{"", "websocket"} {
+			r.Header.Set("Upgrade", upgrade)
+			for name, values := range upstreamHeader(r) {
 				lower := strings.ToLower(name)
 				if strings.Contains(lower, "api-key") || strings.Contains(lower, "cookie") ||
 					lower == "authorization" ||

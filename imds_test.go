@@ -1,47 +1,43 @@
 package main
 
 // The tests of imds.go: first fakes and helpers, then the token source, the
-// endpoint, one fetch, parsing, text that is safe to show, and last the fuzz
-// targets. The log and the upstream that they use are in forward_test.go.
+// endpoint, one fetch, parsing, and last the fuzz targets. The log, the upstream
+// and the program that they use are in forward_test.go.
 
 import (
 	"context"
-	"crypto/tls"
-	"errors"
+	"encoding/base64"
 	"fmt"
 	"io"
-	"log"
-	"net"
+	"math/rand"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
-	"unicode/utf8"
 )
 
 // Fakes and helpers.
 
-// fakeIdentity is an identity endpoint on a loopback address that gives token-1, token-2 and so
-// on, each for life, and counts what it is asked.
+// fakeIdentity is an identity endpoint on a loopback address that gives token-1,
+// token-2 and so on, each for an hour, and counts what it is asked.
 type fakeIdentity struct {
 	*httptest.Server
 	fetches atomic.Int64
-	life    time.Duration
-	answer  atomic.Pointer[http.HandlerFunc] // if set, answers in the place of the above
+	answer  atomic.Pointer[http.HandlerFunc] // if not nil, answers in the place of the above
 }
 
 func newFakeIdentity(t testing.TB) *fakeIdentity {
 	t.Helper()
-	f := &fakeIdentity{life: 24 * time.Hour}
+	f := &fakeIdentity{}
+	f.answerWith(nil)
 	f.Server = httptest.NewServer(f)
 	t.Cleanup(f.Close)
 	return f
@@ -49,19 +45,14 @@ func newFakeIdentity(t testing.TB) *fakeIdentity {
 
 func (f *fakeIdentity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	n := f.fetches.Add(1)
-	if answer := f.answer.Load(); answer != nil {
-		(*answer)(w, r)
+	if answer := *f.answer.Load(); answer != nil {
+		answer(w, r)
 		return
 	}
-	if r.Header.Get("Metadata") != "true" || r.Header.Get("X-Forwarded-For") != "" {
-		http.Error(w, `{"error":"invalid_request","error_description":"Required metadata `+
-			`header not specified"}`, 400)
-		return
-	}
-	fmt.Fprint(w, tokenAnswer("token-"+strconv.FormatInt(n, 10), f.life))
+	io.WriteString(w, tokenAnswer(fmt.Sprint("token-", n), time.Hour))
 }
 
-// answerWith makes f answer by handler from now on.
+// answerWith makes f answer by handler from now on; nil is to give tokens.
 func (f *fakeIdentity) answerWith(handler http.HandlerFunc) { f.answer.Store(&handler) }
 
 // gave tells whether f gave the token in an Authorization header.
@@ -78,12 +69,24 @@ func (f *fakeIdentity) wantFetches(t testing.TB, want int64) {
 	}
 }
 
-// tokenAnswer is what IMDS says, whose numbers are strings.
+// tokenAnswer gives a token for exactly life. What IMDS has more, an expires_on, might
+// be a second off.
 func tokenAnswer(token string, life time.Duration) string {
-	return fmt.Sprintf(`{"access_token":%q,"client_id":"00000000-0000-0000-0000-000000000001","`+
-		`expires_in":"%d",`+
-		`"expires_on":"%d","resource":"https://cognitiveservices.azure.com","token_type":"Bearer"}`,
-		token, int(life.Seconds()), time.Now().Add(life).Unix())
+	return fmt.Sprintf(`{"access_token":%q,"expires_in":"%d","token_type":"Bearer",`+
+		`"resource":"https://cognitiveservices.azure.com"}`, token, int(life.Seconds()))
+}
+
+// giveLater answers with a token when release is closed, and tells what has arrived.
+func giveLater(token string) (answer http.HandlerFunc, arrived, release chan struct{}) {
+	arrived, release = make(chan struct{}, 9), make(chan struct{})
+	return func(w http.ResponseWriter, r *http.Request) {
+		arrived <- struct{}{}
+		select {
+		case <-release:
+			io.WriteString(w, tokenAnswer(token, time.Hour))
+		case <-r.Context().Done():
+		}
+	}, arrived, release
 }
 
 // refuse answers with status and body, and a Retry-After unless that is empty.
@@ -120,7 +123,7 @@ func arcAgent(challenge string, shown chan<- string) http.HandlerFunc {
 			return
 		}
 		shown <- key
-		fmt.Fprint(w, tokenAnswer("token", time.Hour))
+		io.WriteString(w, tokenAnswer("token", time.Hour))
 	}
 }
 
@@ -131,11 +134,21 @@ func writeFile(t testing.TB, name, text string) {
 	}
 }
 
-// fakeClock moves only when it is told to. It starts months off the clock of the fakes.
+// noon is what a fakeClock shows first: months off the clock of the fakes.
+const noon = 1772366400
+
+// fakeClock moves, and its timers fire, only when the test says so.
 type fakeClock struct {
 	mu     sync.Mutex
 	time   time.Time
-	pauses []time.Duration // between tries, which it has moved by
+	pauses chan fakeTimer // of the token source
+	waits  chan fakeTimer // of requests: those of 20 s
+	pause  fakeTimer      // the last that wantPause has seen
+}
+
+type fakeTimer struct {
+	d     time.Duration
+	fires chan time.Time
 }
 
 func (c *fakeClock) now() time.Time { return c.advance(0) }
@@ -147,691 +160,621 @@ func (c *fakeClock) advance(d time.Duration) time.Time {
 	return c.time
 }
 
-func (c *fakeClock) sleep(_ context.Context, d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.pauses = append(c.pauses, d)
-	c.time = c.time.Add(d)
+func (c *fakeClock) after(d time.Duration) <-chan time.Time {
+	timer := fakeTimer{d, make(chan time.Time)}
+	if d == 20*time.Second {
+		c.waits <- timer
+	} else {
+		c.pauses <- timer
+	}
+	return timer.fires
+}
+
+// untilRefresh is how long a token source pauses with a token of a fakeIdentity.
+const untilRefresh = 48 * time.Minute
+
+// wantPause waits until the token source, whose try has ended then, begins to pause.
+func (c *fakeClock) wantPause(t testing.TB, want time.Duration) {
+	t.Helper()
+	c.pause = <-c.pauses
+	if c.pause.d != want {
+		t.Fatalf("got a pause of %v, want %v", c.pause.d, want)
+	}
 }
 
 // Environments: NAME=value NAME=value, where URL is the fake's.
 const (
 	imdsEnv       = "AZURE_POD_IDENTITY_AUTHORITY_HOST=URL"
 	appServiceEnv = "IDENTITY_ENDPOINT=URL/msi IDENTITY_HEADER=s3cret"
+	mlEnv         = "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret"
 	arcEnv        = "IDENTITY_ENDPOINT=URL/arc IMDS_ENDPOINT=URL"
 	workloadEnv   = "AZURE_AUTHORITY_HOST=URL/ AZURE_TENANT_ID=tenant AZURE_CLIENT_ID=c1 " +
 		"AZURE_FEDERATED_TOKEN_FILE="
 )
 
 // chooseEndpoint chooses the endpoint for env as the program does.
-func chooseEndpoint(t testing.TB, env string, arc arcFiles) (*endpoint, error) {
-	t.Helper()
-	vars := make(map[string]string)
+func chooseEndpoint(env string, arc arcFiles) (*endpoint, error) {
+	set := make(vars)
 	for _, field := range strings.Fields(env) {
 		name, value, _ := strings.Cut(field, "=")
-		vars[name] = value
+		set[name] = value
 	}
-	return newEndpoint(func(name string) string { return vars[name] },
-		"https://cognitiveservices.azure.com/.default", arc, &secrets{})
+	return newEndpoint(func(name string) string { return set[name] },
+		"https://cognitiveservices.azure.com/.default", arc)
 }
 
 // newTestEndpoint returns the endpoint for env, and its clock. Azure Arc's keys
 // are in keys.
 func newTestEndpoint(t testing.TB, f *fakeIdentity, env, keys string) (*endpoint, *fakeClock) {
 	t.Helper()
-	e, err := chooseEndpoint(t, strings.ReplaceAll(env, "URL", f.URL), arcFiles{"/nowhere", keys})
+	e, err := chooseEndpoint(strings.ReplaceAll(env, "URL", f.URL), arcFiles{"/nowhere", keys})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	e.now, e.sleep = c.now, c.sleep
+	c := &fakeClock{
+		time:   time.Unix(noon, 0).UTC(),
+		pauses: make(chan fakeTimer, 99),
+		waits:  make(chan fakeTimer, 999),
+	}
+	e.now = c.now
 	return e, c
 }
 
-// newTestTokens returns a running token source for env, and its clock.
-func newTestTokens(t testing.TB, f *fakeIdentity, env string) (*tokenSource, *fakeClock) {
-	t.Helper()
-	e, c := newTestEndpoint(t, f, env, "")
-	return runTokens(t, e.fetch, c.now), c
+// testTokens is a running token source, and what it works with.
+type testTokens struct {
+	*tokenSource
+	*fakeClock
+	*fakeIdentity
+	log  *testLog
+	stop func() // ends run, and waits for that
 }
 
-// runTokens runs a token source until the test ends.
-func runTokens(t testing.TB, fetch func(context.Context) (token, error),
-	now func() time.Time) *tokenSource {
-	tokens := newTokenSource(fetch, now)
+// newTestTokens starts a token source whose endpoint answers by handler. Its test must
+// end soon.
+func newTestTokens(t testing.TB, handler http.HandlerFunc) *testTokens {
+	t.Helper()
+	hangs := time.AfterFunc(safetyNet, func() { panic(t.Name() + " hangs") })
+	t.Cleanup(func() { hangs.Stop() })
+	f := newFakeIdentity(t)
+	f.answerWith(handler)
+	e, c := newTestEndpoint(t, f, imdsEnv, "")
+	s := &testTokens{newTokenSource(e), c, f, followLog(t), nil}
+	s.tokenSource.now, s.tokenSource.after = c.now, c.after
 	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan bool)
+	ended := make(chan struct{})
 	go func() {
-		tokens.run(ctx)
+		s.run(ctx)
 		close(ended)
 	}()
-	t.Cleanup(func() {
+	s.stop = func() {
 		cancel()
 		<-ended
-	})
-	return tokens
+	}
+	t.Cleanup(s.stop)
+	return s
 }
 
-// wantToken asserts which token a request gets; an empty one is none. It returns the error.
-func wantToken(t testing.TB, s *tokenSource, token string) error {
+// pass lets the time of the last pause pass, which the token source must be in. The
+// endpoint answers by next from then on.
+func (s *testTokens) pass(next http.HandlerFunc) {
+	s.answerWith(next)
+	s.pause.fires <- s.advance(s.pause.d)
+}
+
+// ask asks for a token, and returns the header with it, or why there is none.
+func (s *testTokens) ask(ctx context.Context) string {
+	t, failure := s.current(ctx)
+	if failure != nil {
+		return failure.Error()
+	}
+	return t.authorization
+}
+
+// want asserts what a request gets that must not wait.
+func (s *testTokens) want(t testing.TB, want string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), safetyNet) // instead of a deadlock
-	defer cancel()
-	got, err := s.current(ctx)
-	if strings.TrimPrefix(got.authorization, "Bearer ") != token || (err == nil) != (token != "") {
-		t.Fatalf("got %q, %v; want %q", got.authorization, err, token)
-	}
-	return err
-}
-
-// settle waits for the end of a fetch that is due.
-func settle(s *tokenSource) {
-	s.mu.Lock()
-	due, turn := s.isDue(s.now()), s.turn
-	s.mu.Unlock()
-	for due { // the first turn may be one that was about to end
-		s.ask()
-		<-turn
-		s.mu.Lock()
-		due, turn = s.isDue(s.now()), s.turn
-		s.mu.Unlock()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // it would not wait for long
+	got := s.ask(ctx)
+	if !strings.Contains(got, want) || len(s.waits) > 0 {
+		t.Fatalf("got %q, want %q at once; %d requests wait", got, want, len(s.waits))
 	}
 }
 
-// willRetry tells whether err is a failure that the endpoint is asked again after.
-func willRetry(err error) bool {
-	var failed *fetchError
-	return errors.As(err, &failed) && failed.retry
+// waiting begins a request that has to wait, and returns when it does. late fires when
+// it has waited for 20 s.
+func (s *testTokens) waiting() (request chan string, late chan<- time.Time) {
+	request = make(chan string, 1)
+	go func() { request <- s.ask(context.Background()) }()
+	return request, (<-s.waits).fires
 }
 
-func about(got, want time.Duration) bool { return got >= want*8/10 && got <= want*12/10 }
+// wantAnswer asserts what a request gets that had to wait.
+func wantAnswer(t testing.TB, request <-chan string, want string) {
+	t.Helper()
+	if got := <-request; !strings.Contains(got, want) {
+		t.Fatalf("got %q, want %q", got, want)
+	}
+}
 
 // The token source.
 
-func TestTwoHundredRequestsMakeOneFetch(t *testing.T) {
-	for _, name := range []string{"cold", "at expiry"} {
-		f := newFakeIdentity(t)
-		f.life = time.Hour
-		e, c := newTestEndpoint(t, f, imdsEnv, "")
-		// A request looks at the clock before it waits. So does the token source
-		// itself, once or twice.
-		entered := make(chan bool, 1000)
-		now := func() time.Time {
-			entered <- true
-			return c.now()
+func TestFiveHundredRequestsMakeOneFetch(t *testing.T) {
+	for name, before := range map[string]int64{"cold": 0, "at expiry": 1} { // tokens before
+		answer, _, release := giveLater("token")
+		s := newTestTokens(t, answer)
+		if name == "at expiry" {
+			close(release)
+			s.wantPause(t, untilRefresh)
+			answer, _, release = giveLater("token")
+			s.answerWith(answer)
+			s.advance(time.Hour)
 		}
-		held := func(want string) http.HandlerFunc {
-			return func(w http.ResponseWriter, _ *http.Request) {
-				for range 200 {
-					<-entered
-				}
-				fmt.Fprint(w, tokenAnswer(want, time.Hour))
-			}
+		var requests []chan string
+		for range 500 {
+			request, _ := s.waiting()
+			requests = append(requests, request)
 		}
-		var tokens *tokenSource
-		want := "token-1"
-		if name == "cold" {
-			f.answerWith(held(want))
-			tokens = runTokens(t, e.fetch, now)
-		} else {
-			tokens = runTokens(t, e.fetch, now)
-			wantToken(t, tokens, want)
-			want = "token-2"
-			f.answerWith(held(want))
-			c.advance(time.Hour)
+		close(release)
+		for _, request := range requests {
+			wantAnswer(t, request, "Bearer token")
 		}
-		var all sync.WaitGroup
-		for range 200 {
-			all.Add(1)
-			go func() {
-				defer all.Done()
-				got, err := tokens.current(context.Background())
-				if err != nil || got.authorization != "Bearer "+want {
-					t.Errorf("%s: got %q, %v", name, got.authorization, err)
-				}
-			}()
-		}
-		all.Wait()
-		if name == "cold" {
-			f.wantFetches(t, 1)
-		} else {
-			f.wantFetches(t, 2)
-		}
+		s.wantPause(t, untilRefresh)
+		s.stop()
+		s.wantFetches(t, before+1)
 	}
 }
 
 func TestTokenServedWhileRefreshHangs(t *testing.T) {
-	f := newFakeIdentity(t)
-	f.life = time.Hour
-	tokens, c := newTestTokens(t, f, imdsEnv)
-	wantToken(t, tokens, "token-1")
-	c.advance(47 * time.Minute)
-	wantToken(t, tokens, "token-1")
-	f.wantFetches(t, 1) // not due before 80 % of its life
-
-	arrived, release := make(chan bool, 9), make(chan bool)
-	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-		arrived <- true
-		<-release
-		fmt.Fprint(w, tokenAnswer("token-2", time.Hour))
-	})
-	c.advance(2 * time.Minute)
-	for range 100 {
-		wantToken(t, tokens, "token-1")
-	}
+	s := newTestTokens(t, nil)
+	s.wantPause(t, untilRefresh)
+	answer, arrived, release := giveLater("token-2")
+	s.pass(answer)
 	<-arrived
-	c.advance(10 * time.Minute)
-	wantToken(t, tokens, "token-1")
+	const onTheWay = 12*time.Minute - time.Nanosecond
+	s.advance(onTheWay) // to the token's last instant
+	for range 100 {
+		s.want(t, "token-1")
+	}
 	close(release)
-	settle(tokens)
-	wantToken(t, tokens, "token-2")
-	f.wantFetches(t, 2)
+	s.wantPause(t, untilRefresh-onTheWay) // a life counts from the sending of the request
+	s.want(t, "token-2")
+	s.wantFetches(t, 2)
 }
 
 func TestTokenServedWhileRefreshFails(t *testing.T) {
-	followLog(t)
-	f := newFakeIdentity(t)
-	tokens, c := newTestTokens(t, f, imdsEnv)
-	wantToken(t, tokens, "token-1")
-	f.answerWith(refuse(400, "", `{"error":"invalid_request","error_description":"Identity not `+
-		`found"}`))
-	c.advance(20 * time.Hour)
-	for fetches := range int64(3) {
-		wantToken(t, tokens, "token-1")
-		settle(tokens)
-		f.wantFetches(t, fetches+2)
-		c.advance(time.Hour)
+	s := newTestTokens(t, refuse(200, "", tokenAnswer("token", 100*time.Second)))
+	s.wantPause(t, 80*time.Second)
+	refusal := refuse(400, "7", noIdentity)
+	for _, pause := range []time.Duration{7, 7, 6} { // the last is what is left of the life
+		s.pass(refusal)
+		s.wantPause(t, pause*time.Second)
+		s.advance(pause*time.Second - 1)
+		s.want(t, "Bearer token")
+		s.advance(-pause*time.Second + 1)
 	}
 
 	// An expired token is not sent, and that the endpoint came back is noticed.
-	c.advance(time.Hour)
-	if err := wantToken(t, tokens, ""); !strings.Contains(err.Error(), "Identity not found") {
-		t.Errorf("got %v", err)
-	}
-	f.answer.Store(nil)
-	c.advance(pauseWithoutToken)
-	wantToken(t, tokens, "token-6")
+	s.pass(refusal)
+	s.wantPause(t, 7*time.Second)
+	s.want(t, "Identity not found")
+	s.pass(nil)
+	s.wantPause(t, untilRefresh)
+	s.want(t, "token-6")
 }
 
 func TestRefreshNeedsNoRequest(t *testing.T) {
-	f := newFakeIdentity(t)
-	e, _ := newTestEndpoint(t, f, imdsEnv, "")
-	e.now = time.Now
-	asked := make(chan bool, 9)
-	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-		n := f.fetches.Load()
-		fmt.Fprintf(w, `{"access_token":"token-%d","expires_in":3600,"refresh_in":%d}`, n, n*n*n)
-		asked <- true
-	})
-	tokens := runTokens(t, e.fetch, time.Now)
-	wantToken(t, tokens, "token-1")
-	<-asked
-	select {
-	case <-asked: // a second later
-	case <-time.After(safetyNet):
-		t.Fatal("no refresh")
+	s := newTestTokens(t, nil)
+	for range 2 {
+		s.wantPause(t, untilRefresh)
+		s.pass(refuse(500, "", ""))
+		s.wantPause(t, firstPause) // each time, as a success ends a row of failures
+		s.pass(nil)
 	}
-	settle(tokens)
-	wantToken(t, tokens, "token-2")
 }
 
-func TestFailureIsRememberedForAWhile(t *testing.T) {
-	followLog(t)
-	for _, tt := range []struct {
-		name       string
-		warm       bool
-		status     int
-		retryAfter string
-		want       time.Duration
-	}{
-		{"without a token", false, 400, "", time.Second},
-		{"with a token", true, 400, "", 10 * time.Second},
-		{"Retry-After without a token", false, 429, "30", 30 * time.Second},
-		{"Retry-After with a token", true, 429, "30", 30 * time.Second},
-		{"Retry-After too long to believe", false, 503, "86400", 2 * time.Minute},
-		{"date too late to believe", true, 503, "Sun, 01 Mar 2026 20:00:00 GMT", 2 * time.Minute},
-		{"date", false, 503, "Sun, 01 Mar 2026 12:00:45 GMT", 45 * time.Second},
-		{"nonsense", false, 400, "-1", time.Second},
+func TestPausesAfterFailuresInARow(t *testing.T) {
+	for _, tt := range []struct{ name, retryAfter, want string }{
+		{"doubled, and a minute more as nobody asks", "", "0.8s 1.6s 3.2s 6.4s 10s 1m 10s 1m"},
+		{"Retry-After", "5", "5s 5s 5s 6.4s 10s 1m 10s 1m"},
+		{"Retry-After over a minute", "61", "61s 1m 61s 1m"},
+		{"Retry-After too long to believe", "86400", "2m 1m 2m 1m"},
+		{"Retry-After as a date", "Sun, 01 Mar 2026 12:00:45 GMT", "0.8s 1.6s"},
+		{"negative Retry-After", "-30", "0.8s 1.6s"},
+		{"endless Retry-After", "Inf", "0.8s 1.6s"},
 	} {
-		f := newFakeIdentity(t)
-		f.life = 50 * time.Minute
-		e, c := newTestEndpoint(t, f, imdsEnv, "")
-		var tokens *tokenSource
-		held := ""
-		refusal := refuse(tt.status, tt.retryAfter, "no")
-		if tt.warm {
-			held = "token-1"
-			c.advance(-41 * time.Minute)
-			tokens = runTokens(t, e.fetch, c.now)
-			wantToken(t, tokens, held)
-			f.answerWith(refusal)
-			c.advance(41 * time.Minute)
+		refusal := refuse(500, tt.retryAfter, "")
+		s := newTestTokens(t, refusal)
+		for _, text := range strings.Fields(tt.want) {
+			pause, _ := time.ParseDuration(text)
+			s.wantPause(t, pause)
+			s.pass(refusal)
+		}
+	}
+}
+
+// TestFailingStartCostsTimeAndNoError: a request shortens no pause, and gets the
+// token of the try that succeeds.
+func TestFailingStartCostsTimeAndNoError(t *testing.T) {
+	s := newTestTokens(t, refuse(500, "", ""))
+	var requests []chan string
+	for i, pause := range []time.Duration{800, 1600, 3200, 6400, 10_000, 10_000} {
+		s.wantPause(t, pause*time.Millisecond)
+		request, _ := s.waiting()
+		requests = append(requests, request)
+		s.wantFetches(t, int64(i+1))
+		if i == 5 {
+			s.pass(nil)
+			break
+		}
+		s.pass(refuse(500, "", ""))
+		if i == 4 {
+			s.wantPause(t, idlePause) // which the requests end at once
+		}
+	}
+	for _, request := range requests {
+		wantAnswer(t, request, "token-7")
+	}
+}
+
+func TestRequestWakesAnIdleSource(t *testing.T) {
+	s := newTestTokens(t, refuse(500, "10", ""))
+	s.wantPause(t, maxPause)
+	s.pass(nil)
+	s.wantPause(t, idlePause)
+	s.wantFetches(t, 1)
+	request, _ := s.waiting()
+	wantAnswer(t, request, "token-2")
+}
+
+func TestRequestGetsTheLastFailureAfter20Seconds(t *testing.T) {
+	s := newTestTokens(t, refuse(500, "", "first"))
+	s.wantPause(t, firstPause)
+	request, late := s.waiting()
+	<-s.asked // by that request
+	s.pass(refuse(500, "", "second"))
+	<-s.asked // again, so it has seen the second failure
+	late <- time.Time{}
+	wantAnswer(t, request, "second")
+}
+
+func TestLastingRefusalIsAnsweredAtOnceUntilTheNextTry(t *testing.T) {
+	s := newTestTokens(t, refuse(400, "", noIdentity))
+	s.wantPause(t, firstPause)
+	s.want(t, "Identity not found")
+	s.advance(firstPause - 1)
+	s.want(t, "Identity not found")
+	s.advance(-firstPause + 1)
+	answer, arrived, release := giveLater("token-2")
+	s.pass(answer)
+	<-arrived
+	request, _ := s.waiting()
+	close(release)
+	wantAnswer(t, request, "token-2")
+}
+
+func TestRequestDoesNotWaitForATryTooFarAway(t *testing.T) {
+	for retryAfter, waits := range map[string]bool{"60": false, "20.5": false, "19.5": true} {
+		s := newTestTokens(t, refuse(429, retryAfter, ""))
+		pause, _ := parseSeconds(retryAfter)
+		s.wantPause(t, pause)
+		if !waits {
+			s.want(t, "answered 429")
+			continue
+		}
+		request, _ := s.waiting()
+		s.pass(nil)
+		wantAnswer(t, request, "token-2")
+	}
+}
+
+func TestRejectedTokenIsDueAtMostOncePer30Seconds(t *testing.T) {
+	s := newTestTokens(t, nil)
+	s.wantPause(t, untilRefresh)
+	s.stop() // so nobody but this test takes what is asked
+	for _, tt := range []struct {
+		name           string
+		later          time.Duration
+		rejected, next string // what replaces the held token, if that gets due
+	}{
+		{"the first", 0, "token-1", "token-2"},
+		{"its successor at once", 0, "token-2", ""},
+		{"after 30 s", 30 * time.Second, "token-2", ""},
+		{"after more", 1, "token-2", "token-3"},
+		{"one that is gone", time.Minute, "token-2", ""},
+		{"the one that is held", 0, "token-3", "token-4"},
+	} {
+		s.advance(tt.later)
+		held := s.held
+		s.rejected(token{authorization: "Bearer " + tt.rejected})
+		if due := len(s.asked) > 0; due != (tt.next != "") {
+			t.Errorf("%s: due for refresh: got %v, want %v", tt.name, due, !due)
+		}
+		s.want(t, held.authorization) // though rejected: a missing role is a 401 too
+		if tt.next != "" {
+			held.authorization = "Bearer " + tt.next
+			s.publish(held)
+		}
+	}
+}
+
+// TestClockThatIsSetLeavesNobodyWithoutAToken: on a host that slept, the clock looks
+// as if it had been set forth, while timers stood still.
+func TestClockThatIsSetLeavesNobodyWithoutAToken(t *testing.T) {
+	for _, by := range []time.Duration{72 * time.Hour, -72 * time.Hour} {
+		// While a token is held, which looks expired or young then.
+		s := newTestTokens(t, nil)
+		s.wantPause(t, untilRefresh)
+		s.advance(by)
+		if by < 0 {
+			s.want(t, "token-1")
+			s.pass(nil) // as the timer does not heed the clock
 		} else {
-			f.answerWith(refusal)
-			tokens = runTokens(t, e.fetch, c.now)
+			request, _ := s.waiting()
+			wantAnswer(t, request, "token-2")
 		}
-		wantToken(t, tokens, held)
-		settle(tokens)
-		asked := f.fetches.Load()
+		s.wantPause(t, untilRefresh)
+		s.want(t, "token-2")
 
-		c.advance(tt.want - time.Millisecond)
-		err := wantToken(t, tokens, held)
-		settle(tokens)
-		if got := f.fetches.Load(); got != asked {
-			t.Errorf("%s: asked again before %v", tt.name, tt.want)
+		// In a pause, which stays as long as it was.
+		s.pass(refuse(500, "", ""))
+		s.wantPause(t, firstPause)
+		s.advance(by)
+		s.pass(nil)
+		s.wantPause(t, untilRefresh)
+		s.want(t, "token-4")
+
+		// During a try, whose token looks expired as it comes, or young.
+		s.pass(func(w http.ResponseWriter, _ *http.Request) {
+			s.advance(by)
+			io.WriteString(w, tokenAnswer("token-5", time.Hour))
+		})
+		s.wantPause(t, untilRefresh-by)
+		if by < 0 {
+			s.want(t, "token-5")
+			continue
 		}
-		var failure *noTokenError
-		if !tt.warm && (!errors.As(err, &failure) || failure.retryAfter != time.Millisecond ||
-			!strings.Contains(failure.Error(), "no")) {
-			t.Errorf("%s: got %v, want the failure and when to come back", tt.name, err)
-		}
-		c.advance(time.Millisecond)
-		wantToken(t, tokens, held)
-		settle(tokens)
-		if got := f.fetches.Load(); got == asked {
-			t.Errorf("%s: not asked again after %v", tt.name, tt.want)
-		}
-	}
-}
-
-// TestFailureNearExpiryIsForgottenWithTheToken: the longer memory is for as long as a token is
-// valid.
-func TestFailureNearExpiryIsForgottenWithTheToken(t *testing.T) {
-	followLog(t)
-	f := newFakeIdentity(t)
-	f.life = 50 * time.Minute
-	tokens, c := newTestTokens(t, f, imdsEnv)
-	wantToken(t, tokens, "token-1")
-	f.answerWith(refuse(400, "", "no"))
-	c.advance(f.life - 2*time.Second)
-	wantToken(t, tokens, "token-1")
-	settle(tokens)
-	f.answer.Store(nil)
-	c.advance(2 * time.Second)
-	wantToken(t, tokens, "token-3")
-}
-
-func TestTokenThatExpiresOnTheWayIsAFailure(t *testing.T) {
-	followLog(t)
-	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	tokens := runTokens(t, func(context.Context) (token, error) {
-		return token{authorization: "Bearer token", expires: c.now()}, nil
-	}, c.now)
-	err := wantToken(t, tokens, "")
-	if !strings.Contains(err.Error(), "the token expired as soon as it came") {
-		t.Errorf("got %v", err)
-	}
-}
-
-// TestClockSetBackLeavesNobodyWaiting: a request sees the token expired, and
-// the token source does not any more.
-func TestClockSetBackLeavesNobodyWaiting(t *testing.T) {
-	c := &fakeClock{time: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	tokens := newTokenSource(nil, c.now) // nothing is to be fetched
-	end := c.now().Add(time.Hour)
-	tokens.held = token{authorization: "Bearer token-1", expires: end, refresh: end}
-	c.advance(2 * time.Hour)
-	got := make(chan error, 1)
-	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), safetyNet)
-		defer cancel()
-		_, err := tokens.current(ctx)
-		got <- err
-	}()
-	for len(tokens.asked) == 0 {
-		runtime.Gosched()
-	}
-	c.advance(-2 * time.Hour)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go tokens.run(ctx)
-	if err := <-got; err != nil {
-		t.Errorf("got %v, want the token", err)
+		s.pass(nil)
+		s.wantPause(t, untilRefresh)
+		s.want(t, "token-6")
 	}
 }
 
 func TestClientThatLeavesCancelsNothing(t *testing.T) {
-	f := newFakeIdentity(t)
-	arrived, release := make(chan bool, 9), make(chan bool)
-	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		arrived <- true
-		select {
-		case <-release:
-		case <-r.Context().Done():
-			t.Error("the fetch was cancelled")
-		}
-		fmt.Fprint(w, tokenAnswer("token-1", time.Hour))
-	})
-	tokens, _ := newTestTokens(t, f, imdsEnv)
+	answer, arrived, release := giveLater("token")
+	s := newTestTokens(t, answer)
+	<-arrived
 	ctx, leave := context.WithCancel(context.Background())
-	left := make(chan error)
-	go func() {
-		_, err := tokens.current(ctx)
-		left <- err
-	}()
-	<-arrived
+	left := make(chan string, 1)
+	go func() { left <- s.ask(ctx) }()
+	<-s.waits
 	leave()
-	if err := <-left; err != context.Canceled {
-		t.Errorf("the one that left got %v", err)
-	}
+	wantAnswer(t, left, "the identity endpoint has not answered yet")
+	stays, _ := s.waiting()
 	close(release)
-	wantToken(t, tokens, "token-1")
-	f.wantFetches(t, 1)
+	wantAnswer(t, stays, "Bearer token")
+	s.wantFetches(t, 1)
 }
 
-// TestTokenSourceEndsWithoutAWord: a fetch that the program's end breaks off is
-// no failure.
 func TestTokenSourceEndsWithoutAWord(t *testing.T) {
-	logged := followLog(t)
-	f := newFakeIdentity(t)
-	arrived := make(chan bool, 1)
-	f.answerWith(func(_ http.ResponseWriter, r *http.Request) {
-		arrived <- true
-		<-r.Context().Done()
-	})
-	e, c := newTestEndpoint(t, f, imdsEnv, "")
-	tokens := newTokenSource(e.fetch, c.now)
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan bool)
-	go func() {
-		tokens.run(ctx)
-		close(ended)
-	}()
+	answer, arrived, _ := giveLater("")
+	s := newTestTokens(t, answer)
 	<-arrived
-	cancel()
-	<-ended
-	if text := logged.String(); text != "" {
-		t.Errorf("the log has %q", text)
+	s.stop()
+	if text := s.log.String(); text != "" {
+		t.Errorf("logged %q", text)
 	}
 }
 
-func TestUpstream401MakesTokenDueForRefresh(t *testing.T) {
-	followLog(t)
-	f := newFakeIdentity(t)
-	tokens, c := newTestTokens(t, f, imdsEnv)
-	got := make(chan string, 1)
-	upstream := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		got <- r.Header.Get("Authorization")
-		w.WriteHeader(401)
-	})
-	cfg, err := loadConfig(func(name string) string {
-		return map[string]string{"TARGET_URL": upstream.URL,
-			"AZURE_POD_IDENTITY_AUTHORITY_HOST": f.URL}[name]
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := httptest.NewServer(newForwarder(cfg.targets, cfg.key, tokens, cfg.secrets))
-	defer proxy.Close()
-	for _, tt := range []struct {
-		name    string
-		later   time.Duration
-		sent    string
-		fetches int64
+func TestEachFailedTryAndTheFirstTokenAreOneLineEach(t *testing.T) {
+	const jwt = "e30.eyJvaWQiOiJvMSJ9.c2ln" // its claims are {"oid":"o1"}
+	s := newTestTokens(t, refuse(400, "", noIdentity))
+	for _, step := range []struct {
+		pause time.Duration
+		next  http.HandlerFunc
 	}{
-		{"first", 0, "token-1", 2},
-		{"again", 0, "token-2", 2},
-		{"after 29 s", 29 * time.Second, "token-2", 2},
-		{"after 30 s", time.Second, "token-2", 3},
-		{"next", 0, "token-3", 3},
+		{firstPause, refuse(503, "3600", "is\nbusy")},
+		{maxRetryAfter, nil}, // and no try, as nobody asks
+		{idlePause, refuse(200, "", tokenAnswer(jwt, time.Hour))},
+		{untilRefresh, refuse(500, "", "")},
+		{firstPause, nil},
+		{untilRefresh, nil},
 	} {
-		c.advance(tt.later)
-		resp, err := http.Get(proxy.URL)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		if got := <-got; got != "Bearer "+tt.sent || resp.StatusCode != 401 {
-			t.Errorf("%s: upstream saw %q and the client %d, want %q", tt.name, got,
-				resp.StatusCode, tt.sent)
-		}
-		settle(tokens)
-		f.wantFetches(t, tt.fetches)
+		s.wantPause(t, step.pause)
+		s.pass(step.next)
 	}
-	c.advance(time.Minute)
-	tokens.rejected(token{authorization: "Bearer token-2"}) // a late answer to a token that is gone
-	settle(tokens)
-	f.wantFetches(t, 3)
-	f.answerWith(refuse(400, "", ""))
-	tokens.rejected(token{authorization: "Bearer token-3"})
-	settle(tokens)
-	f.wantFetches(t, 4)
-	wantToken(t, tokens, "token-3") // though rejected: a missing role is a 401 too
-}
-
-// heldToken is a source that holds a token.
-func heldToken() *tokenSource {
-	later := time.Now().Add(time.Hour)
-	s := newTokenSource(nil, time.Now)
-	s.held = token{authorization: "Bearer token", expires: later, refresh: later}
-	return s
+	s.wantPause(t, untilRefresh)
+	s.stop()
+	host := s.Listener.Addr().String()
+	for _, want := range []string{
+		"no token: IMDS at " + host + " answered 400: " + noIdentity + "; hint: assign a " +
+			"managed identity to this host, or correct AZURE_CLIENT_ID; no other try for 800ms",
+		"no token: IMDS at " + host + " answered 503: is busy; no other try for 2m0s",
+		"token ready: object id o1, expires 2026-03-01T13:03:00Z",
+		"no new token: IMDS at " + host + " answered 500: ; no other try for 800ms",
+	} {
+		line, before := s.log.waitFor(t, want)
+		if before != nil || !strings.HasSuffix(line, want) {
+			t.Errorf("got %q after %q, want %q", line, before, want)
+		}
+	}
+	if n := strings.Count(s.log.String(), "\n"); n != 4 {
+		t.Errorf("got %d lines, want 4", n)
+	}
 }
 
 func TestHeldTokenAllocatesNothing(t *testing.T) {
-	tokens, ctx := heldToken(), context.Background()
-	if got := testing.AllocsPerRun(100, func() { tokens.current(ctx) }); got != 0 {
+	s, ctx := newTestTokens(t, nil), context.Background()
+	s.wantPause(t, untilRefresh)
+	if got := testing.AllocsPerRun(1000, func() { s.current(ctx) }); got != 0 {
 		t.Errorf("got %v allocations, want 0", got)
 	}
 }
 
 // The endpoint.
 
-func TestEndpointIsTheOneTheEnvironmentMarks(t *testing.T) {
+func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 	himds := filepath.Join(t.TempDir(), "himds")
 	writeFile(t, himds, "")
 	const (
-		none     = "/nowhere"
-		workload = "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t AZURE_CLIENT_ID=c "
-		fabric   = "IDENTITY_ENDPOINT=https://127.0.0.1/sf IDENTITY_HEADER=s " +
-			"IDENTITY_SERVER_THUMBPRINT=p "
-		app   = "IDENTITY_ENDPOINT=http://127.0.0.1/app?a=b IDENTITY_HEADER=s "
-		ml    = "MSI_ENDPOINT=http://127.0.0.1/ml MSI_SECRET=s "
-		shell = "MSI_ENDPOINT=http://127.0.0.1/cs "
-		arc   = "IDENTITY_ENDPOINT=http://127.0.0.1/arc IMDS_ENDPOINT=http://127.0.0.1 "
-		imds  = "http://169.254.169.254/metadata/identity/oauth2/token"
-	)
-	for _, tt := range []struct{ name, env, himds, want string }{
-		{"workload identity", workload, none,
-			"workload identity https://login.microsoftonline.com/t/oauth2/v2.0/token marked by " +
-				"AZURE_FEDERATED_TOKEN_FILE"},
-		{"workload identity of a sovereign cloud", workload +
-			"AZURE_AUTHORITY_HOST=https://login.microsoftonline.us/", none,
-			"workload identity https://login.microsoftonline.us/t/oauth2/v2.0/token"},
-		{"workload identity before Service Fabric", workload + fabric, none,
-			"workload identity https"},
-		{"App Service", app, none, "App Service http://127.0.0.1/app?a=b marked by " +
-			"IDENTITY_ENDPOINT and IDENTITY_HEADER"},
-		{"App Service before Azure ML, as it sets both", app + ml, none, "App Service http"},
-		{"App Service before Azure Arc", arc + "IDENTITY_HEADER=s", none, "App Service http"},
-		{"Azure ML", ml, none, "Azure ML http://127.0.0.1/ml marked by MSI_ENDPOINT and " +
-			"MSI_SECRET"},
-		{"Azure ML before Azure Arc", ml + arc, himds, "Azure ML http"},
-		{"Cloud Shell", shell, none, "Cloud Shell http://127.0.0.1/cs marked by MSI_ENDPOINT"},
-		{"Cloud Shell before Azure Arc", shell + arc, himds, "Cloud Shell http"},
-		{"Azure Arc", arc, none, "Azure Arc http://127.0.0.1/arc marked by IDENTITY_ENDPOINT " +
-			"and IMDS_ENDPOINT"},
-		{"Azure Arc by its agent", "", himds,
-			"Azure Arc http://127.0.0.1:40342/metadata/identity/oauth2/token marked by " + himds},
-		{"Container Instance", "IDENTITY_HEADER=s IDENTITY_SERVER_THUMBPRINT=p", none, "IMDS " +
-			imds + " no variable marks another endpoint"},
-		{"IMDS", "", none, "IMDS " + imds + " no variable marks another endpoint"},
-		{"IMDS with a user-assigned identity", "AZURE_CLIENT_ID=c", none, "IMDS " + imds},
-		{"IMDS elsewhere", "AZURE_POD_IDENTITY_AUTHORITY_HOST=http://127.0.0.1:9//", none,
-			"IMDS http://127.0.0.1:9/metadata/identity/oauth2/token"},
-		{"empty is unset", "IDENTITY_ENDPOINT= IDENTITY_HEADER= MSI_ENDPOINT= AZURE_CLIENT_ID= " +
-			"AZURE_TENANT_ID=t", none, "IMDS " + imds},
+		agent  = "HIMDS= " // stands for the file of Azure Arc's agent
+		aks    = "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t AZURE_CLIENT_ID=c "
+		app    = "IDENTITY_ENDPOINT=http://127.0.0.1/app IDENTITY_HEADER=s "
+		fabric = app + "IDENTITY_SERVER_THUMBPRINT=p "
+		ml     = "MSI_ENDPOINT=https://127.0.0.1/ml MSI_SECRET=s "
+		shell  = "MSI_ENDPOINT=http://127.0.0.1/cs/ "
+		arc    = "IDENTITY_ENDPOINT=http://127.0.0.1/arc IMDS_ENDPOINT=http://127.0.0.1 "
+		noPair = "AZURE_FEDERATED_TOKEN_FILE: set AZURE_TENANT_ID and AZURE_CLIENT_ID too"
 
-		{"Service Fabric", fabric, none, "error: IDENTITY_SERVER_THUMBPRINT is set: Service " +
-			"Fabric is not supported"},
-		{"Cloud Shell with a user-assigned identity", shell + "AZURE_CLIENT_ID=c", none,
-			"error: AZURE_CLIENT_ID is set, but Cloud Shell (MSI_ENDPOINT) has no user-assigned " +
-				"identities"},
-		{"workload identity by half", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t", none,
-			"error: AZURE_FEDERATED_TOKEN_FILE is set without AZURE_CLIENT_ID"},
-		{"endpoint without header", "IDENTITY_ENDPOINT=http://127.0.0.1", none,
-			"error: IDENTITY_ENDPOINT is set without IDENTITY_HEADER or IMDS_ENDPOINT"},
-		{"header without endpoint", "IDENTITY_HEADER=s", none,
-			"error: IDENTITY_HEADER is set without IDENTITY_ENDPOINT"},
-		{"Azure Arc by half", "IMDS_ENDPOINT=http://127.0.0.1", none,
-			"error: IMDS_ENDPOINT is set without IDENTITY_ENDPOINT"},
-		{"Azure ML by half", "MSI_SECRET=s", none, "error: MSI_SECRET is set without MSI_ENDPOINT"},
-		{"authority in the clear, on this host", workload +
-			"AZURE_AUTHORITY_HOST=http://LOCALHOST.:9", none,
-			"workload identity http://LOCALHOST.:9/t/oauth2/v2.0/token"},
-		{"one source whole, another by half", workload + "MSI_SECRET=s", none,
-			"error: MSI_SECRET is set without MSI_ENDPOINT"},
-		{"not a URL", "AZURE_POD_IDENTITY_AUTHORITY_HOST=169.254.169.254", none,
-			"error: AZURE_POD_IDENTITY_AUTHORITY_HOST: not a URL with a host"},
-		{"another scheme", "MSI_ENDPOINT=ftp://127.0.0.1", none, "error: MSI_ENDPOINT: not a URL"},
-		{"authority in the clear", workload + "AZURE_AUTHORITY_HOST=http://login.example", none,
-			"error: AZURE_AUTHORITY_HOST: want https"},
+		isAKS   = ", as AZURE_FEDERATED_TOKEN_FILE is set: "
+		isApp   = "App Service at 127.0.0.1, as IDENTITY_ENDPOINT and IDENTITY_HEADER are set"
+		isML    = "Azure ML at 127.0.0.1, as MSI_ENDPOINT and MSI_SECRET are set"
+		isShell = "Cloud Shell at 127.0.0.1, as MSI_ENDPOINT is set: http://127.0.0.1/cs"
+		isArc   = "Azure Arc at 127.0.0.1, as IMDS_ENDPOINT is set, or /nowhere exists"
+		isIMDS  = "IMDS at 169.254.169.254, as no variable names another: " +
+			"http://169.254.169.254/metadata/identity/oauth2/token"
+	)
+	for _, tt := range []struct{ name, env, want string }{
+		{"AKS", aks + app + agent, "workload identity at login.microsoftonline.com" + isAKS +
+			"https://login.microsoftonline.com/t/oauth2/v2.0/token"},
+		{"other cloud", aks + "AZURE_AUTHORITY_HOST=https://login.example/",
+			"workload identity at login.example" + isAKS + "https://login.example/t/oauth2/"},
+		{"on this host", aks + "AZURE_AUTHORITY_HOST=http://LOCALHOST:9 AZURE_TENANT_ID=a/b",
+			"workload identity at LOCALHOST:9" + isAKS + "http://LOCALHOST:9/a%2Fb/oauth2/"},
+		{"App Service, which sets both", app + ml, isApp + ": http://127.0.0.1/app"},
+		{"App Service before Arc", arc + app + agent, isApp},
+		{"Azure ML before Arc", ml + arc + agent, isML + ": https://127.0.0.1/ml"},
+		{"Cloud Shell before Arc", shell + arc + agent, isShell},
+		{"Arc", arc, isArc + ": http://127.0.0.1/arc"},
+		{"Arc by its agent", agent, "Azure Arc at 127.0.0.1:40342, as IMDS_ENDPOINT is set, or " + himds + " exists: " +
+			"http://127.0.0.1:40342/metadata/identity/oauth2/token"},
+		{"Container Instance", "IDENTITY_HEADER=s IDENTITY_SERVER_THUMBPRINT=p", isIMDS},
+		{"endpoint alone", "IDENTITY_ENDPOINT=http://127.0.0.1 MSI_SECRET=s", isIMDS},
+		{"empty is unset", "IDENTITY_ENDPOINT= IDENTITY_HEADER= MSI_ENDPOINT=", isIMDS},
+		{"relay", "AZURE_POD_IDENTITY_AUTHORITY_HOST=http://127.0.0.1:9//",
+			"IMDS at 127.0.0.1:9, as no variable names another: http://127.0.0.1:9/metadata/"},
+
+		{"Service Fabric", fabric, "IDENTITY_SERVER_THUMBPRINT: Service Fabric is not supported"},
+		{"Cloud Shell, user-assigned", shell + "AZURE_CLIENT_ID=c", "AZURE_CLIENT_ID: unset it"},
+		{"AKS, no tenant", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_CLIENT_ID=c", noPair},
+		{"AKS, no client", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t", noPair},
+		{"authority in the clear", aks + "AZURE_AUTHORITY_HOST=http://login.example",
+			"AZURE_AUTHORITY_HOST: want https"},
+		{"no scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST=169.254.169.254",
+			"AZURE_POD_IDENTITY_AUTHORITY_HOST: want a URL such as http://169.254.169.254"},
+		{"other scheme", "MSI_ENDPOINT=ftp://127.0.0.1", "MSI_ENDPOINT: want a URL such as http:"},
+		{"no host", "MSI_ENDPOINT=http://:80/s3cret", "MSI_ENDPOINT: want a URL such as http:"},
+		{"no URL", arc + "IDENTITY_ENDPOINT=http://%zz", "IDENTITY_ENDPOINT: want a URL such as"},
 	} {
-		s, err := chooseEndpoint(t, tt.env, arcFiles{agent: tt.himds})
-		got := fmt.Sprint("error: ", err)
-		if err == nil {
-			got = s.name + " " + s.url.String() + " " + s.why
+		files := arcFiles{agent: "/nowhere"}
+		if strings.Contains(tt.env, agent) {
+			files.agent = himds
 		}
-		if !strings.HasPrefix(got, tt.want) {
+		e, err := chooseEndpoint(tt.env, files)
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = e.String() + ": " + e.url.String()
+		}
+		if !strings.HasPrefix(got, tt.want) || strings.Contains(got, "s3cret") {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
 		}
 	}
 }
 
-func TestStartUpLogNamesTheEndpoint(t *testing.T) {
-	log := followLog(t)
-	cfg, err := loadConfig(func(name string) string {
-		return map[string]string{"TARGET_URL": "http://127.0.0.1/openai/",
-			"MSI_ENDPOINT": "http://127.0.0.1:9/ml", "MSI_SECRET": "s3cret", "PORT": "0",
-			"HOST": "127.0.0.1"}[name]
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	listeners, err := listen(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listeners[0].Close()
-	newService(cfg).logStart(listeners)
-	const want = "tokens for https://cognitiveservices.azure.com/.default come from Azure ML at " +
-		"127.0.0.1:9, marked by MSI_ENDPOINT and MSI_SECRET\n"
-	if got := log.String(); strings.Count(got, want) != 1 || strings.Contains(got, "s3cret") {
-		t.Errorf("got %q, want %q in it", got, want)
-	}
-}
-
 func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
-	const r = "resource=https%3A%2F%2Fcognitiveservices.azure.com"
-	const federated = "client_assertion=jwt%2B%2F%3D&" +
-		"client_assertion_type=urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&" +
-		"client_id=c1&grant_type=client_credentials&" +
-		"scope=https%3A%2F%2Fcognitiveservices.azure.com%2F.default"
+	const (
+		resource = "resource=https%3A%2F%2Fcognitiveservices.azure.com"
+		end      = resource + " Connection: close Metadata: true"
+		id       = " AZURE_CLIENT_ID=c1"
+		form     = " Connection: close Content-Type: application/x-www-form-urlencoded" +
+			" Metadata: true "
+		federated = "client_assertion=jwt%2B%2F%3D&client_assertion_type=" +
+			"urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&client_id=c1&" +
+			"grant_type=client_credentials&" +
+			"scope=https%3A%2F%2Fcognitiveservices.azure.com%2F.default"
+		imds = "GET /metadata/identity/oauth2/token?api-version=2018-02-01&"
+		app  = "api-version=2019-08-01&" + end + " X-Identity-Header: s3cret"
+		ml   = "GET /ml?api-version=2017-09-01&"
+		arc  = "GET /arc?api-version=2020-06-01&"
+	)
+	vary := map[string]bool{"User-Agent": true, "Content-Length": true} // which is not shown
 	file := filepath.Join(t.TempDir(), "federated")
-	writeFile(t, file, "jwt+/=")
+	writeFile(t, file, "jwt+/=\n")
 	for _, tt := range []struct{ name, env, want string }{
-		{"IMDS", imdsEnv, "GET /metadata/identity/oauth2/token?api-version=2018-02-01&" + r +
-			" Metadata:true"},
-		{"IMDS, user-assigned", imdsEnv + " AZURE_CLIENT_ID=c1",
-			"GET /metadata/identity/oauth2/token?api-version=2018-02-01&client_id=c1&" + r +
-				" Metadata:true"},
-		{"App Service", "IDENTITY_ENDPOINT=URL/msi?a=b IDENTITY_HEADER=s3cret",
-			"GET /msi?a=b&api-version=2019-08-01&" + r + " Metadata:true X-Identity-Header:s3cret"},
-		{"App Service, user-assigned", appServiceEnv + " AZURE_CLIENT_ID=c1",
-			"GET /msi?api-version=2019-08-01&client_id=c1&" + r +
-				" Metadata:true X-Identity-Header:s3cret"},
-		{"Azure ML", "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret", "GET /ml?api-version=2017-09-01&" +
-			r + " Metadata:true Secret:s3cret"},
-		{"Azure ML, user-assigned", "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret AZURE_CLIENT_ID=c1 " +
-			"DEFAULT_IDENTITY_CLIENT_ID=c2", "GET /ml?api-version=2017-09-01&clientid=c1&" + r +
-			" Metadata:true Secret:s3cret"},
-		{"Azure ML, its default", "MSI_ENDPOINT=URL/ml MSI_SECRET=s3cret " +
-			"DEFAULT_IDENTITY_CLIENT_ID=c2", "GET /ml?api-version=2017-09-01&clientid=c2&" + r +
-			" Metadata:true Secret:s3cret"},
-		{"Cloud Shell", "MSI_ENDPOINT=URL/cs",
-			"POST /cs? Content-Type:application/x-www-form-urlencoded Metadata:true " + r},
-		{"Azure Arc", arcEnv, "GET /arc?api-version=2020-06-01&" + r +
-			" Metadata:true; GET /arc?api-version=2020-06-01&" + r +
-			" Authorization:Basic the key Metadata:true"},
-		{"Azure Arc, user-assigned", arcEnv +
-			" AZURE_CLIENT_ID=00000000-0000-0000-0000-000000000001",
-			"GET /arc?api-version=2020-06-01&client_id=00000000-0000-0000-0000-000000000001&" +
-				r + " Metadata:true; GET /arc?api-version=2020-06-01&" +
-				"client_id=00000000-0000-0000-0000-000000000001&" + r +
-				" Authorization:Basic the key Metadata:true"},
-		{"workload identity", workloadEnv + file,
-			"POST /tenant/oauth2/v2.0/token? Content-Type:application/x-www-form-urlencoded " +
-				federated},
+		{"IMDS", imdsEnv, imds + end},
+		{"IMDS, user-assigned", imdsEnv + id, imds + "client_id=c1&" + end},
+		{"App Service", appServiceEnv, "GET /msi?" + app},
+		{"query", "IDENTITY_ENDPOINT=URL/msi?a=b IDENTITY_HEADER=s3cret", "GET /msi?a=b&" + app},
+		{"Azure ML", mlEnv, ml + end + " Secret: s3cret"},
+		{"Azure ML, user-assigned", mlEnv + id + " DEFAULT_IDENTITY_CLIENT_ID=c2",
+			ml + "clientid=c1&" + end + " Secret: s3cret"},
+		{"Azure ML, its default", mlEnv + " DEFAULT_IDENTITY_CLIENT_ID=c2",
+			ml + "clientid=c2&" + end + " Secret: s3cret"},
+		{"Cloud Shell", "MSI_ENDPOINT=URL/cs", "POST /cs?" + form + resource},
+		{"Azure Arc", arcEnv,
+			arc + end + " " + arc + strings.Replace(end, " ", " Authorization: Basic the key ", 1)},
+		{"AKS", workloadEnv + file, "POST /tenant/oauth2/v2.0/token?" + form + federated},
 	} {
 		f := newFakeIdentity(t)
 		keys := t.TempDir()
-		s, _ := newTestEndpoint(t, f, tt.env, keys)
+		e, _ := newTestEndpoint(t, f, tt.env, keys)
 		key := filepath.Join(keys, "1.key")
 		writeFile(t, key, "the key")
-		asked := make(chan string, 2)
+		var asked strings.Builder
 		f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-			line := r.Method + " " + r.URL.Path + "?" + r.URL.Query().Encode()
-			var header []string
-			for name, values := range r.Header {
-				if name != "User-Agent" && name != "Connection" && name != "Content-Length" {
-					header = append(header, " "+name+":"+strings.Join(values, ","))
-				}
-			}
-			slices.Sort(header)
 			r.ParseForm()
-			asked <- strings.TrimSpace(line + strings.Join(header, "") + " " + r.PostForm.Encode())
-			if r.URL.Path == "/arc" {
+			fmt.Fprintln(&asked, r.Method, r.URL.Path+"?"+r.URL.Query().Encode())
+			r.Header.WriteSubset(&asked, vary)
+			fmt.Fprintln(&asked, r.PostForm.Encode())
+			if e.keyDir != "" {
 				arcAgent("Basic realm="+key, make(chan string, 1))(w, r)
 				return
 			}
-			fmt.Fprint(w, tokenAnswer("token", time.Hour))
+			io.WriteString(w, tokenAnswer("token", time.Hour))
 		})
-		if got, failure := s.fetch(context.Background()); failure != nil ||
-			got.authorization != "Bearer token" {
-			t.Errorf("%s: got %q, %v", tt.name, got.authorization, failure)
-		}
-		got := <-asked
-		for len(asked) > 0 {
-			got += "; " + <-asked
-		}
-		if got != tt.want {
-			t.Errorf("%s:\n got %q\nwant %q", tt.name, got, tt.want)
-		}
-		if s.transport.Proxy != nil {
-			t.Errorf("%s: goes through the proxy of the environment", tt.name)
+		_, failure := e.fetch(context.Background())
+		got := strings.Join(strings.Fields(asked.String()), " ")
+		if failure != nil || got != tt.want {
+			t.Errorf("%s: got %q, %v; want %q", tt.name, got, failure, tt.want)
 		}
 	}
 }
 
-// TestOnlyEntraIDIsAskedThroughAProxy, and only over TLS: HTTP_PROXY would see the federated token.
-func TestOnlyEntraIDIsAskedThroughAProxy(t *testing.T) {
-	for env, want := range map[string]bool{
-		"AZURE_AUTHORITY_HOST=https://login.example": true,
-		"AZURE_AUTHORITY_HOST=http://LOCALHOST:9":    false,
-		"AZURE_AUTHORITY_HOST=http://localhost.:9":   false,
-	} {
-		s, err := chooseEndpoint(t, env+" AZURE_FEDERATED_TOKEN_FILE=f AZURE_TENANT_ID=t "+
-			"AZURE_CLIENT_ID=c", arcFiles{agent: "/nowhere"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := s.transport.Proxy != nil; got != want {
-			t.Errorf("%s: goes through the proxy of the environment: %v, want %v", env, got, want)
-		}
+// TestProxyOfTheEnvironmentIsForTLSOnly: who is asked in the clear is on this host or its
+// link. Go itself makes an exception of localhost, but not of its name in upper case.
+func TestProxyOfTheEnvironmentIsForTLSOnly(t *testing.T) {
+	asked := make(chan string, 9)
+	relay := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		asked <- r.Method + " " + r.Host
+		w.WriteHeader(407)
+	})
+	imds := strings.Replace(newFakeIdentity(t).URL, "127.0.0.1", "LOCALHOST", 1)
+	env := vars{"TARGET_URL": nobody, "PORT": "0", "HOST": "127.0.0.1", "AZURE_LOG_LEVEL": "debug",
+		"HTTP_PROXY": relay.URL, "HTTPS_PROXY": relay.URL,
+		"AZURE_POD_IDENTITY_AUTHORITY_HOST": imds}
+	startProgram(t, safetyNet, env).stderr.waitFor(t, "debug: token from IMDS at LOCALHOST:")
+
+	env["AZURE_FEDERATED_TOKEN_FILE"], _ = filepath.Abs("go.mod")
+	env["AZURE_TENANT_ID"], env["AZURE_CLIENT_ID"] = "t", "c"
+	env["AZURE_AUTHORITY_HOST"] = "https://LOCALHOST:1"
+	startProgram(t, safetyNet, env).stderr.waitFor(t, "no token: workload identity")
+	if len(asked) == 0 || <-asked != "CONNECT LOCALHOST:1" {
+		t.Error("the proxy was not asked for LOCALHOST:1")
 	}
 }
 
 func TestFederatedTokenIsReadAnewForEachExchange(t *testing.T) {
 	f := newFakeIdentity(t)
 	file := filepath.Join(t.TempDir(), "federated")
-	s, _ := newTestEndpoint(t, f, workloadEnv+file, "")
+	e, _ := newTestEndpoint(t, f, workloadEnv+file, "")
 	assertions := make(chan string, 1)
 	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
 		assertions <- r.FormValue("client_assertion")
-		fmt.Fprint(w, tokenAnswer("token", time.Hour))
+		io.WriteString(w, tokenAnswer("token", time.Hour))
 	})
 	for _, want := range []string{"first", "second"} {
 		writeFile(t, file, want)
-		if _, failure := s.fetch(context.Background()); failure != nil {
+		if _, failure := e.fetch(context.Background()); failure != nil {
 			t.Fatal(failure)
 		}
 		if got := <-assertions; got != want {
@@ -839,777 +782,308 @@ func TestFederatedTokenIsReadAnewForEachExchange(t *testing.T) {
 		}
 	}
 	os.Remove(file)
-	_, failure := s.fetch(context.Background())
-	if failure == nil || willRetry(failure) ||
-		!strings.Contains(failure.Error(), "AZURE_FEDERATED_TOKEN_FILE: open "+file) {
-		t.Errorf("without the file: got %+v", failure)
+	_, failure := e.fetch(context.Background())
+	if failure == nil || !failure.lasting ||
+		!strings.Contains(failure.text, "was not asked: AZURE_FEDERATED_TOKEN_FILE: open "+file) {
+		t.Errorf("without the file: got %v", failure)
 	}
 	f.wantFetches(t, 2)
 }
 
 func TestArcKeyIsReadFromItsDirectoryOnly(t *testing.T) {
 	f := newFakeIdentity(t)
-	keys := t.TempDir()
-	s, _ := newTestEndpoint(t, f, arcEnv, keys)
-	outside := filepath.Join(t.TempDir(), "outside.key")
-	writeFile(t, outside, "k")
-	for name, size := range map[string]int{"a.key": 9, "full.key": 4096, "long.key": 4097,
-		"a.txt": 9, "a.key.bak": 9, "locked.key": 9} {
-		writeFile(t, filepath.Join(keys, name), strings.Repeat("k", size))
+	keys, outside := t.TempDir(), t.TempDir()
+	e, _ := newTestEndpoint(t, f, arcEnv, keys)
+	locked := filepath.Join(keys, "locked.key")
+	for _, name := range []string{keys + "/a.key", keys + "/a.txt", outside + "/a.key", locked} {
+		writeFile(t, name, "the key\r\n")
 	}
-	if err := errors.Join(os.Symlink(outside, filepath.Join(keys, "link.key")),
-		os.Mkdir(filepath.Join(keys, "sub.key"), 0o700),
-		os.Chmod(filepath.Join(keys, "locked.key"), 0)); err != nil {
-		t.Skip(err)
+	if err := os.Chmod(locked, 0); err != nil {
+		t.Fatal(err)
 	}
-	const want = "it does not name a .key file in "
+	const unnamed = "it does not name a .key file in "
 	for _, tt := range []struct{ name, challenge, want string }{
 		{"right", "Basic realm=DIR/a.key", ""},
-		{"of the greatest size", "Basic realm=DIR/full.key", ""},
-		{"too long", "Basic realm=DIR/long.key", "is not a regular file of 4096 bytes at most"},
-		{"symbolic link", "Basic realm=DIR/link.key", "is not a regular file"},
-		{"directory", "Basic realm=DIR/sub.key", "is not a regular file"},
+		{"not readable", "Basic realm=DIR/locked.key", "locked.key: permission denied"},
 		{"missing", "Basic realm=DIR/none.key", "none.key: "},
-		{"other extension", "Basic realm=DIR/a.txt", want},
-		{"further extension", "Basic realm=DIR/a.key.bak", want},
-		{"elsewhere", "Basic realm=" + outside, want},
-		{"dots", "Basic realm=DIR/../" + filepath.Base(filepath.Dir(outside)) + "/outside.key",
-			want},
-		{"dots that end inside", "Basic realm=DIR/sub.key/../a.key", want},
-		{"below", "Basic realm=DIR/sub.key/a.key", want},
-		{"quoted", `Basic realm="DIR/a.key"`, want},
-		{"other scheme", "Bearer realm=DIR/a.key", want},
-		{"none", "", want},
-		{"not readable", "Basic realm=DIR/locked.key",
-			"permission denied; hint: run as root, or join the group himds"},
+		{"other extension", "Basic realm=DIR/a.txt", unnamed},
+		{"elsewhere", "Basic realm=" + outside + "/a.key", unnamed},
 	} {
 		if tt.name == "not readable" && (os.Geteuid() == 0 || runtime.GOOS == "windows") {
 			continue // root reads all, and Windows has other permissions
 		}
 		shown := make(chan string, 2)
-		challenge := strings.ReplaceAll(filepath.FromSlash(tt.challenge), "DIR", keys)
-		f.answerWith(arcAgent(challenge, shown))
-		_, failure := s.fetch(context.Background())
-		if (failure == nil) != (tt.want == "") || failure != nil &&
-			(willRetry(failure) || !strings.Contains(failure.Error(), tt.want)) {
-			t.Errorf("%s: got %v, want %q", tt.name, failure, tt.want)
+		challenge := strings.ReplaceAll(tt.challenge, "DIR", keys)
+		f.answerWith(arcAgent(filepath.FromSlash(challenge), shown))
+		_, failure := e.fetch(context.Background())
+		close(shown)
+		key := <-shown
+		good := failure == nil && key == "Basic the key"
+		if tt.want != "" {
+			good = failure != nil && failure.lasting && key == "" &&
+				strings.Contains(failure.text, "sent a challenge that cannot be met: ") &&
+				strings.Contains(failure.text, tt.want) &&
+				strings.Contains(failure.hint, "himds") == (tt.name == "not readable")
 		}
-		if (len(shown) == 1) != (tt.want == "") {
-			t.Errorf("%s: a key was shown %d times", tt.name, len(shown))
+		if !good {
+			t.Errorf("%s: got %v, and showed %q; want %q", tt.name, failure, key, tt.want)
 		}
-	}
-}
-
-// TestArcKeyIsReadWithoutItsLineBreak: what writes such a file may end it like a text.
-func TestArcKeyIsReadWithoutItsLineBreak(t *testing.T) {
-	f := newFakeIdentity(t)
-	keys := t.TempDir()
-	s, _ := newTestEndpoint(t, f, arcEnv, keys)
-	key := filepath.Join(keys, "1.key")
-	for _, end := range []string{"", "\n", "\r\n"} {
-		writeFile(t, key, "the key"+end)
-		shown := make(chan string, 1)
-		f.answerWith(arcAgent("Basic realm="+key, shown))
-		if _, failure := s.fetch(context.Background()); failure != nil {
-			t.Errorf("ending in %q: %v", end, failure)
-			continue
-		}
-		if got := <-shown; got != "Basic the key" {
-			t.Errorf("ending in %q: the agent was shown %q", end, got)
-		}
-	}
-}
-
-func TestKeyThatNoHeaderCarriesIsRefusedAtOnce(t *testing.T) {
-	f := newFakeIdentity(t)
-	keys := t.TempDir()
-	s, c := newTestEndpoint(t, f, arcEnv, keys)
-	key := filepath.Join(keys, "a.key")
-	writeFile(t, key, "K3Y\nK3Y")
-	f.answerWith(arcAgent("Basic realm="+key, make(chan string, 9)))
-	_, failure := s.fetch(context.Background())
-	if failure == nil || willRetry(failure) || len(c.pauses) > 0 ||
-		!strings.Contains(failure.Error(), "a header cannot carry") {
-		t.Errorf("got %v after pauses %v", failure, c.pauses)
-	}
-}
-
-func TestArcTokenOfAnotherIdentityIsRefused(t *testing.T) {
-	f := newFakeIdentity(t)
-	keys := t.TempDir()
-	s, _ := newTestEndpoint(t, f, arcEnv+" AZURE_CLIENT_ID=c1", keys)
-	writeFile(t, filepath.Join(keys, "1.key"), "k")
-	f.answerWith(arcAgent("Basic realm="+filepath.Join(keys, "1.key"), make(chan string, 1)))
-	if _, failure := s.fetch(context.Background()); failure == nil ||
-		!strings.Contains(failure.Error(), "unset AZURE_CLIENT_ID") {
-		t.Errorf("got %v", failure)
 	}
 }
 
 // One fetch.
 
-func TestRetriesWhatMayPassAndNothingElse(t *testing.T) {
-	const cut = "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + `{"access_token":"LEAK`
+// fetch asks f as the endpoint for env, on whose host it is noon.
+func (f *fakeIdentity) fetch(t testing.TB, env string, answer http.HandlerFunc) (
+	token, *fetchError) {
+	t.Helper()
+	e, _ := newTestEndpoint(t, f, env, "/nowhere")
+	f.answerWith(answer)
+	return e.fetch(context.Background())
+}
+
+// endless answers with the bytes of head, and with zeros until the client hangs up.
+func endless(head string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, _ := http.NewResponseController(w).Hijack()
+		io.WriteString(conn, head)
+		io.Copy(conn, zeros{})
+		conn.Close()
+	}
+}
+
+func TestFailureIsToldAndLastsOrPasses(t *testing.T) {
+	const (
+		id      = " AZURE_CLIENT_ID=c1"
+		assign  = "; hint: assign a managed identity to this host, or correct AZURE_CLIENT_ID"
+		several = "Multiple user assigned identities exist"
+		docker  = "A socket operation was attempted to an unreachable network."
+		ok      = "HTTP/1.1 200 OK\r\n"
+		away    = "HTTP/1.1 307 Elsewhere\r\nLocation: /\r\n\r\n"
+	)
+	success := tokenAnswer("LEAK", time.Hour)
+	switches := func(w http.ResponseWriter, _ *http.Request) {
+		conn, _ := acceptTunnel(t, w)
+		t.Cleanup(func() { conn.Close() })
+	}
 	for _, tt := range []struct {
 		name, env string
 		answer    http.HandlerFunc
-		want      string // pauses before the token that the third try gets
-	}{
-		{"408", imdsEnv, refuse(408, "", ""), "0.8 s, 1.6 s"},
-		{"429", imdsEnv, refuse(429, "", ""), "0.8 s, 1.6 s"},
-		{"500", imdsEnv, refuse(500, "", ""), "0.8 s, 1.6 s"},
-		{"404 of IMDS", imdsEnv, refuse(404, "", ""), "0.8 s, 1.6 s"},
-		{"410 of IMDS", imdsEnv, refuse(410, "", ""), "0.8 s, 1.6 s"},
-		{"404 of App Service", appServiceEnv, refuse(404, "", ""), "none"},
-		{"410 of App Service", appServiceEnv, refuse(410, "", ""), "none"},
-		{"404 of Azure Arc", arcEnv, refuse(404, "", ""), "none"},
-		{"429 of App Service", appServiceEnv, refuse(429, "", ""), "0.8 s, 1.6 s"},
-		{"400", imdsEnv, refuse(400, "", ""), "none"},
-		{"403", imdsEnv, refuse(403, "", ""), "none"},
-		{"201", imdsEnv, refuse(201, "", tokenAnswer("LEAK", time.Hour)), "none"},
-		{"hung up", imdsEnv, answerRaw(""), "0.8 s, 1.6 s"},
-		{"cut off", imdsEnv, answerRaw(cut), "0.8 s, 1.6 s"},
-		{"cut off in a chunk", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\n" +
-			"Transfer-Encoding: chunked\r\n\r\n9\r\n{"), "0.8 s, 1.6 s"},
-		{"not HTTP", appServiceEnv, answerRaw("SSH-2.0-OpenSSH_9.9\r\n"), "0.8 s, 1.6 s"},
-		{"endless header", imdsEnv, answerRaw("HTTP/1.1 200 OK\r\nA: " +
-			strings.Repeat("a", maxAnswer)), "0.8 s, 1.6 s"},
-		{"expired", imdsEnv, refuse(200, "", `{"access_token":"LEAK","expires_on":"1"}`),
-			"0.8 s, 1.6 s"},
-		{"Retry-After", appServiceEnv, refuse(429, "3", ""), "3s 3s"},
-		{"Retry-After of no time", appServiceEnv, refuse(503, "0.0001", ""), "0.8 s, 1.6 s"},
-		{"Retry-After a date", appServiceEnv, refuse(503, "Sun, 01 Mar 2026 12:00:04 GMT", ""),
-			"4s, 1.6 s"},
-		{"more than is left", imdsEnv, refuse(503, "12", ""), "12s, then none"},
-		{"more than a fetch", imdsEnv, refuse(503, "23", ""), "none"},
-	} {
-		f := newFakeIdentity(t)
-		s, c := newTestEndpoint(t, f, tt.env, "")
-		f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-			if f.fetches.Load() < 3 {
-				tt.answer(w, r)
-				return
-			}
-			fmt.Fprint(w, tokenAnswer("token", time.Hour))
-		})
-		token, failure := s.fetch(context.Background())
-		got := strings.Trim(fmt.Sprint(c.pauses), "[]")
-		switch {
-		case len(c.pauses) == 0:
-			got = "none"
-		case len(c.pauses) == 1:
-			got += ", then none"
-		case about(c.pauses[0], firstPause) && about(c.pauses[1], 2*firstPause):
-			got = "0.8 s, 1.6 s"
-		case c.pauses[0] == 4*time.Second && about(c.pauses[1], 2*firstPause):
-			got = "4s, 1.6 s"
-		}
-		if got != tt.want || (len(c.pauses) == 2) != (token.authorization == "Bearer token") {
-			t.Errorf("%s: got %q after pauses %s, want %s: %v", tt.name, token.authorization, got,
-				tt.want, failure)
-		}
-	}
-}
-
-func TestFetchIsBounded(t *testing.T) {
-	f := newFakeIdentity(t)
-	f.answerWith(refuse(500, "", ""))
-	s, c := newTestEndpoint(t, f, imdsEnv, "")
-	within := func(ctx context.Context, d time.Duration) bool {
-		end, ok := ctx.Deadline()
-		return ok && time.Until(end) <= d
-	}
-	request := s.request
-	s.request = func(ctx context.Context) (*http.Request, error) {
-		if !within(ctx, tryTime) {
-			t.Error("a try has no deadline")
-		}
-		return request(ctx)
-	}
-	pause := s.sleep
-	s.sleep = func(ctx context.Context, d time.Duration) {
-		if !within(ctx, fetchTime) {
-			t.Error("a fetch has no deadline")
-		}
-		pause(ctx, d)
-	}
-	followLog(t)
-	tokens := runTokens(t, s.fetch, c.now)
-	wantToken(t, tokens, "")
-	var total time.Duration
-	for _, pause := range c.pauses {
-		total += pause
-	}
-	if n := f.fetches.Load(); n < 5 || n > 6 || total > fetchTime {
-		t.Errorf("asked %d times with pauses %v", n, c.pauses)
-	}
-
-	// The reading of a body ends with the try.
-	ctx, cancel := context.WithCancel(context.Background())
-	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		http.NewResponseController(w).Flush()
-		cancel()
-		select {
-		case <-r.Context().Done():
-		case <-time.After(tryTime / 2):
-			t.Error("the answer is read for longer than the fetch lasts")
-		}
-	})
-	if _, failure := s.fetch(ctx); failure == nil || !willRetry(failure) {
-		t.Errorf("got %v", failure)
-	}
-}
-
-func TestFetchEndsWithItsContext(t *testing.T) {
-	f := newFakeIdentity(t)
-	f.answerWith(refuse(500, "", ""))
-	e, _ := newTestEndpoint(t, f, imdsEnv, "")
-	ctx, cancel := context.WithCancel(context.Background())
-	pauses := 0
-	e.sleep = func(context.Context, time.Duration) {
-		pauses++
-		cancel()
-	}
-	if _, err := e.fetch(ctx); err == nil || pauses != 1 {
-		t.Errorf("got %v after %d pauses, want an error after one", err, pauses)
-	}
-	f.wantFetches(t, 1)
-}
-
-// TestProxyBeforeEntraIsNamed, if it refuses.
-func TestProxyBeforeEntraIsNamed(t *testing.T) {
-	e, _ := newTestEndpoint(t, newFakeIdentity(t), "AZURE_AUTHORITY_HOST=https://localhost "+
-		"AZURE_TENANT_ID=t AZURE_CLIENT_ID=c AZURE_FEDERATED_TOKEN_FILE=go.mod", "")
-	refusing, err := url.Parse(newUpstream(t, answerRaw("HTTP/1.1 407 Proxy Authentication "+
-		"Required\r\n\r\n")).URL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	e.transport.Proxy = http.ProxyURL(refusing)
-	_, failure := e.fetch(context.Background())
-	if failure == nil || !strings.Contains(failure.Error(), "workload identity at localhost gave "+
-		"no answer: HTTPS_PROXY answered 407 Proxy Authentication Required") {
-		t.Errorf("got %v", failure)
-	}
-}
-
-func TestRefusalIsToldInTheEndpointsWords(t *testing.T) {
-	const id = " AZURE_CLIENT_ID=c1"
-	const assign = "hint: assign a managed identity to this host, or correct AZURE_CLIENT_ID"
-	for _, tt := range []struct {
-		name, env string
-		status    int
-		body      string
 		want      string
 	}{
-		{"no identity", imdsEnv, 400, noIdentity, "IMDS at HOST answered 400: BODY; " + assign},
-		{"wrong client id", imdsEnv + id, 400, noIdentity,
-			"IMDS at HOST answered 400: BODY (client_id c1, from AZURE_CLIENT_ID); " + assign},
-		{"several identities", imdsEnv, 400,
-			`{"error_description":"Multiple user assigned identities exist, please specify"}`,
-			"IMDS at HOST answered 400: BODY; hint: set AZURE_CLIENT_ID to the client id of one " +
-				"of them"},
-		{"wrong resource", imdsEnv, 400, `{"error_description":"AADSTS500011: no such principal"}`,
-			"IMDS at HOST answered 400: BODY; hint: correct AZURE_OPENAI_SCOPE"},
-		{"App Service", appServiceEnv + id, 400, `{"message":"No Managed Identity found"}`,
-			"App Service at HOST answered 400: BODY (client_id c1, from AZURE_CLIENT_ID)"},
-		{"Azure ML", "MSI_ENDPOINT=URL MSI_SECRET=s3cret DEFAULT_IDENTITY_CLIENT_ID=c2", 400, "no",
-			"Azure ML at HOST answered 400: BODY (client_id c2, from DEFAULT_IDENTITY_CLIENT_ID)"},
-		{"Cloud Shell", "MSI_ENDPOINT=URL", 400, `{"error":{"code":"AudienceNotSupported"}}`,
-			"Cloud Shell at HOST answered 400: BODY"},
-		{"workload identity", workloadEnv + "go.mod", 401,
-			`{"error_description":"AADSTS700211: no matching credential"}`,
-			"workload identity at HOST answered 401: BODY (client_id c1, from AZURE_CLIENT_ID); " +
-				"hint: the federated credential's issuer, subject or audience is not this pod's"},
-		{"Docker Desktop", imdsEnv, 403,
-			"dial tcp: A socket operation was attempted to an unreachable network.",
-			"IMDS at HOST answered 403: BODY; hint: this is not an Azure host"},
-		{"Azure Arc", arcEnv, 500, "agent is starting", "Azure Arc at HOST answered 500: BODY"},
-		{"a web proxy", imdsEnv, 400, "<?xml version=\"1.0\"?>\r\n<Error>x</Error>",
-			`IMDS at HOST answered 400: <?xml version="1.0"?>  <Error>x</Error>`},
+		{"no identity", imdsEnv, refuse(400, "", noIdentity),
+			"lasting: answered 400: " + noIdentity + assign},
+		{"wrong client id", imdsEnv + id, refuse(400, "", noIdentity),
+			"lasting: answered 400: " + noIdentity + " (client id c1)" + assign},
+		{"several identities", imdsEnv, refuse(400, "", several), "lasting: answered 400: " +
+			several + "; hint: set AZURE_CLIENT_ID to the client id of one of them"},
+		{"wrong resource", imdsEnv, refuse(400, "", "AADSTS500011: none"),
+			"lasting: answered 400: AADSTS500011: none; hint: correct AZURE_OPENAI_SCOPE"},
+		{"wrong issuer", workloadEnv + "go.mod", refuse(401, "", "AADSTS700211: no"),
+			"lasting: answered 401: AADSTS700211: no (client id c1); hint: the federated cred"},
+		{"Docker Desktop", imdsEnv, refuse(403, "", docker),
+			"lasting: answered 403: " + docker + "; hint: this is not an Azure host"},
+
+		{"404 of IMDS", imdsEnv, refuse(404, "", "updating"), "passing: answered 404: updating"},
+		{"410 of IMDS", imdsEnv, refuse(410, "", ""), "passing: answered 410: "},
+		{"404 of App Service", appServiceEnv, refuse(404, "", ""), "lasting: answered 404: "},
+		{"410 of Azure Arc", arcEnv, refuse(410, "", ""), "lasting: answered 410: "},
+		{"408", appServiceEnv, refuse(408, "", ""), "passing: answered 408: "},
+		{"429", appServiceEnv, refuse(429, "", ""), "passing: answered 429: "},
+		{"500", appServiceEnv, refuse(500, "", ""), "passing: answered 500: "},
+		{"redirect", appServiceEnv, answerRaw(away), "lasting: answered 307: "},
+
+		{"201", imdsEnv, refuse(201, "", success), "lasting: answered 201: "},
+		{"299", imdsEnv, refuse(299, "", success), "lasting: answered 299: "},
+		{"101, with no end", imdsEnv, switches, "passing: gave no answer: unexpected status 101"},
+		{"hang-up", imdsEnv, answerRaw(""), "passing: gave no answer: "},
+		{"cut off", imdsEnv, answerRaw(ok + "Content-Length: 99\r\n\r\nLEAK"),
+			"passing: gave no answer: unexpected EOF"},
+		{"no HTTP", imdsEnv, answerRaw("LEAK\r\n\r\n"),
+			"passing: gave no answer: the answer is not HTTP; hint: does this host have it?"},
+
+		{"endless refusal", imdsEnv, endless("HTTP/1.1 400 \r\n\r\n"), "lasting: answered 400: "},
+		{"endless header", imdsEnv, endless(ok + "A: "), "server response headers exceeded"},
 	} {
 		f := newFakeIdentity(t)
-		s, _ := newTestEndpoint(t, f, tt.env, "")
-		f.answerWith(refuse(tt.status, "", tt.body))
-		_, failure := s.fetch(context.Background())
-		if got := strings.ReplaceAll(fmt.Sprint(failure), s.url.Host,
-			"HOST"); got != strings.Replace(tt.want, "BODY", tt.body, 1) {
-			t.Errorf("%s:\n got %q\nwant %q", tt.name, got, tt.want)
+		_, failure := f.fetch(t, tt.env, tt.answer)
+		what, got, _ := strings.Cut(failure.Error(), " at "+f.Listener.Addr().String()+" ")
+		kind := map[bool]string{true: "lasting: ", false: "passing: "}[failure.lasting]
+		got = kind + got
+		if !strings.Contains(got, tt.want) || len(got) > 600 || strings.Contains(got, "LEAK") {
+			t.Errorf("%s: got %q of %s, want %q", tt.name, got, what, tt.want)
 		}
-	}
-	s, _ := newTestEndpoint(t, newFakeIdentity(t), "AZURE_POD_IDENTITY_AUTHORITY_HOST="+nobody, "")
-	_, failure := s.fetch(context.Background())
-	if failure == nil || !willRetry(failure) ||
-		!strings.Contains(failure.Error(), "; hint: only Azure hosts have it") ||
-		!strings.Contains(failure.Error(), "gave no answer: dial tcp 127.0.0.1:1: ") {
-		t.Errorf("nobody there: got %v", failure)
+		f.wantFetches(t, 1)
 	}
 }
 
-func TestRedirectsAreNotFollowed(t *testing.T) {
-	elsewhere := newFakeIdentity(t)
-	for _, env := range []string{imdsEnv, appServiceEnv, "MSI_ENDPOINT=URL/cs"} {
-		for status, location := range map[int]string{
-			301: elsewhere.URL, 302: elsewhere.URL, 303: elsewhere.URL, 307: elsewhere.URL,
-			308: elsewhere.URL, 300: "http://%zz/", // which is no URL
-		} {
-			f := newFakeIdentity(t)
-			s, _ := newTestEndpoint(t, f, env, "")
-			f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-				w.Header().Set("Location", location)
-				w.WriteHeader(status)
-			})
-			_, failure := s.fetch(context.Background())
-			if failure == nil || willRetry(failure) ||
-				!strings.Contains(failure.Error(), fmt.Sprintf("answered %d", status)) {
-				t.Errorf("%d: got %v", status, failure)
-			}
-			f.wantFetches(t, 1)
+func TestTryIsBoundedAndItsTokenLivesByTheWallClock(t *testing.T) {
+	e, _ := newTestEndpoint(t, newFakeIdentity(t), imdsEnv, "")
+	e.now = time.Now
+	e.transport.Proxy = func(r *http.Request) (*url.URL, error) {
+		if end, ok := r.Context().Deadline(); !ok || time.Until(end) > 10*time.Second {
+			t.Errorf("a try ends at %v", end)
 		}
+		return nil, nil
 	}
-	elsewhere.wantFetches(t, 0)
+	got, failure := e.fetch(context.Background())
+	wall := token{got.authorization, got.expires.Round(0), got.refresh.Round(0)}
+	if failure != nil || got != wall {
+		t.Errorf("got %v, %v; want times without a monotonic reading", got, failure)
+	}
 }
 
-func TestEndlessAnswerIsCut(t *testing.T) {
-	f := newFakeIdentity(t)
-	s, _ := newTestEndpoint(t, f, imdsEnv, "")
-	for _, status := range []int{200, 400} {
-		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(status)
-			for {
-				if _, err := io.WriteString(w, strings.Repeat("x", 64<<10)); err != nil {
-					return
-				}
+// TestRepeatedTokenIsNotShown: a token opens nothing without its signature, which is
+// its end.
+func TestRepeatedTokenIsNotShown(t *testing.T) {
+	random := rand.New(rand.NewSource(1))
+	part := func(bytes int) string {
+		b := make([]byte, bytes)
+		random.Read(b)
+		return base64.RawURLEncoding.EncodeToString(b)
+	}
+	signature := part(256) // of 342 characters, as that of RS256
+	held := part(27) + "." + part(840) + "." + signature
+	if len(held) != 1500 {
+		t.Fatalf("the token has %d bytes", len(held))
+	}
+	const ok, crlf = "HTTP/1.1 200 OK\r\n", "\r\n\r\n"
+	for name, answer := range map[string]http.HandlerFunc{
+		"refusal":       refuse(400, "", held),
+		"long refusal":  refuse(500, "", strings.Repeat("x ", 100)+held),
+		"success":       refuse(201, "", held),
+		"unusable":      refuse(200, "", `{"access_token":"`+held+`","expires_on":"`+held+`"}`),
+		"Retry-After":   refuse(429, held, ""),
+		"status":        answerRaw("HTTP/1.1 " + held + crlf),
+		"status text":   answerRaw("HTTP/1.1 400 " + held + crlf),
+		"header line":   answerRaw(ok + held + crlf),
+		"header name":   answerRaw(ok + " " + held + ": a\r\n\r\n"),
+		"length":        answerRaw(ok + "Content-Length: " + held + crlf),
+		"second length": answerRaw(ok + "Content-Length: 1\r\nContent-Length: " + held + crlf),
+		"framing":       answerRaw(ok + "Transfer-Encoding: " + held + crlf),
+		"chunk":         answerRaw(ok + "Transfer-Encoding: chunked\r\n\r\n" + held + "\r\n"),
+		"redirect":      answerRaw("HTTP/1.1 302 Found\r\nLocation: " + held + crlf),
+	} {
+		s := newTestTokens(t, refuse(200, "", tokenAnswer(held, time.Hour)))
+		s.wantPause(t, untilRefresh)
+		s.pass(answer)
+		s.wantPause(t, firstPause)
+		text := s.log.String() + s.failure.Error()
+		if strings.Count(text, "no new token: ") != 1 {
+			t.Errorf("%s: got %s", name, text)
+		}
+		for i := range len(signature) - 29 {
+			if strings.Contains(text, signature[i:i+30]) {
+				t.Fatalf("%s: the signature is in %s", name, text)
 			}
-		})
-		if _, failure := s.fetch(context.Background()); failure == nil ||
-			len(failure.Error()) > 600 {
-			t.Errorf("%d: got %v", status, failure)
 		}
 	}
 }
 
 // Parsing.
 
-func TestEveryFormOfExpiryIsRead(t *testing.T) {
-	const noon = 1772366400 // what the clock shows
-	for _, tt := range []struct {
-		name, fields  string
-		off           time.Duration // of the endpoint's clock
-		want, refresh time.Duration
-	}{
-		{"IMDS", `"expires_in":"3600","expires_on":"1772370000"`, 0, 3600, 2880},
-		{"numbers", `"expires_in":3600,"expires_on":1772370000`, 0, 3600, 2880},
-		{"floats", `"expires_in":"3600.0","expires_on":1772370000.0`, 0, 3600, 2880},
-		{"exponent", `"expires_on":1.77237e9`, 0, 3600, 2880},
-		{"App Service", `"expires_on":"1772370000"`, 0, 3600, 2880},
-		{"Entra ID", `"expires_in":3600`, 0, 3600, 2880},
-		{"expires_in counted from an earlier issue",
-			`"expires_in":"86399","expires_on":"1772370000"`, 0, 3600, 2880},
-		{"expires_in ends earlier", `"expires_in":3600,"expires_on":"1772449200"`, 0, 3600, 2880},
-		{"2017 on Linux", `"expires_on":"03/01/2026 13:00:00 +00:00"`, 0, 3600, 2880},
-		{"2017 on Windows", `"expires_on":"3/1/2026 1:00:00 PM +00:00"`, 0, 3600, 2880},
-		{"another zone", `"expires_on":"3/1/2026 11:00:00 AM -02:00"`, 0, 3600, 2880},
-		{"US", `"expires_on":"03/01/2026 13:00:00"`, 0, 3600, 2880},
-		{"SQL", `"expires_on":"2026-03-01 13:00:00"`, 0, 3600, 2880},
-		{"ISO 8601 of .NET", `"expires_on":"2026-03-01T13:00:00.0000000+00:00"`, 0, 3600, 2880},
-		{"RFC 3339", `"expires_on":"2026-03-01T15:00:00+02:00"`, 0, 3600, 2880},
-		{"null beside a number", `"expires_on":null,"expires_in":3600`, 0, 3600, 2880},
-		{"empty beside a number", `"expires_on":"","expires_in":"3600"`, 0, 3600, 2880},
-		{"refresh_in", `"expires_in":3600,"refresh_in":1800`, 0, 3600, 1800},
-		{"refresh_in as a string", `"expires_in":3600,"refresh_in":"1800"`, 0, 3600, 1800},
-		{"refresh_in too late", `"expires_in":3600,"refresh_in":3600`, 0, 3600, 2880},
-		{"refresh_in unreadable", `"expires_in":3600,"refresh_in":"soon"`, 0, 3600, 2880},
-		{"endpoint's clock ahead", `"expires_on":"1772377200"`, 2 * time.Hour, 3600, 2880},
-		{"endpoint's clock behind", `"expires_on":"1772362800"`, -2 * time.Hour, 3600, 2880},
-		{"endpoint's clock a little ahead", `"expires_on":"1772370000"`, 5 * time.Second, 3595,
-			2876},
-		{"expires_in needs no clock", `"expires_in":3600`, 2 * time.Hour, 3600, 2880},
-	} {
-		f := newFakeIdentity(t)
-		s, c := newTestEndpoint(t, f, imdsEnv, "")
-		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Date", time.Unix(noon, 0).Add(tt.off).UTC().Format(http.TimeFormat))
-			fmt.Fprintf(w, `{"access_token":"!~",%s}`, tt.fields)
-		})
-		got, failure := s.fetch(context.Background())
-		if failure != nil {
-			t.Errorf("%s: %v", tt.name, failure)
-			continue
+// datedAnswer answers with body, and with a Date that is off from noon, or without one
+// if off is 0.
+func datedAnswer(off time.Duration, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["Date"] = nil
+		if off != 0 {
+			w.Header().Set("Date", time.Unix(noon, 0).Add(off).UTC().Format(http.TimeFormat))
 		}
-		if life, refresh := got.expires.Sub(c.now()),
-			got.refresh.Sub(c.now()); life != tt.want*time.Second ||
-			refresh != tt.refresh*time.Second {
-			t.Errorf("%s: got %v, %v; want %d s, %d s", tt.name, life, refresh, tt.want, tt.refresh)
+		io.WriteString(w, body)
+	}
+}
+
+func TestEveryFormOfExpiryIsRead(t *testing.T) {
+	for _, tt := range []struct {
+		name, fields string
+		off          time.Duration // of the endpoint's clock
+	}{
+		{"IMDS", `"expires_in":"3600","expires_on":"1772370000"`, 0},
+		{"numbers", `"expires_in":3600,"expires_on":1772370000`, 0},
+		{"Entra ID", `"expires_in":3600`, 0},
+		{"expires_in of an earlier issue", `"expires_in":86399,"expires_on":"1772370000"`, 0},
+		{"expires_in that ends earlier", `"expires_in":9,"expires_on":"1772370000"`, 0},
+		{"expires_in unreadable", `"expires_in":"soon","expires_on":"1772370000"`, 0},
+		{"2017 on Linux", `"expires_on":"03/01/2026 13:00:00 +00:00"`, 0},
+		{"2017 on Windows", `"expires_on":"3/1/2026 1:00:00 PM +00:00"`, 0},
+		{"another zone", `"expires_on":"3/1/2026 11:00:00 AM -02:00"`, 0},
+		{"US", `"expires_on":"03/01/2026 13:00:00"`, 0},
+		{"SQL", `"expires_on":"2026-03-01 13:00:00"`, 0},
+		{"ISO 8601 of .NET", `"expires_on":"2026-03-01T13:00:00.0000000+00:00"`, 0},
+		{"RFC 3339", `"expires_on":"2026-03-01T15:00:00+02:00"`, 0},
+		{"null beside a number", `"expires_on":null,"expires_in":3600`, 0},
+		{"empty beside a number", `"expires_on":"","expires_in":"3600"`, 0},
+		{"endpoint's clock ahead", `"expires_on":"1772377200"`, 2 * time.Hour},
+		{"endpoint's clock behind", `"expires_on":"1772362800"`, -2 * time.Hour},
+		{"expires_in needs no clock", `"expires_in":3600`, 2 * time.Hour},
+		{"refresh_in too late", `"expires_in":3600,"refresh_in":3600`, 0},
+		{"refresh_in too soon", `"expires_in":3600,"refresh_in":0`, 0},
+		{"refresh_in", `"expires_in":3600,"refresh_in":1800`, 0},
+		{"refresh_in as a string", `"expires_in":3600,"refresh_in":"1800"`, 0},
+	} {
+		answer := datedAnswer(tt.off, `{"access_token":"!~",`+tt.fields+`}`)
+		got, failure := newFakeIdentity(t).fetch(t, imdsEnv, answer)
+		refresh := int64(48 * 60)
+		if strings.Contains(tt.fields, "1800") {
+			refresh = 1800
+		}
+		if failure != nil || got.authorization != "Bearer !~" ||
+			got.expires.Unix() != noon+3600 || got.refresh.Unix() != noon+refresh {
+			t.Errorf("%s: got %v, %v", tt.name, got, failure)
 		}
 	}
 }
 
 func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
-	const in = `","expires_in":3600}`
+	const (
+		in      = `","expires_in":3600}`
+		expiry  = "expires_on or expires_in: not "
+		object  = "no JSON object with an access_token that a header can carry"
+		expired = "it has expired already"
+	)
 	for _, tt := range []struct{ name, body, want string }{
-		{"no expiry", `{"access_token":"LEAK"}`, "expires_on and expires_in are missing"},
-		{"empty expiry", `{"access_token":"LEAK","expires_on":"","expires_in":null}`,
-			"expires_on and expires_in are missing"},
-		{"words", `{"access_token":"LEAK","expires_on":"LEAK"}`,
-			"expires_on: not in a form known here"},
-		{"milliseconds", `{"access_token":"LEAK","expires_on":1772370000000}`, "expires_on: not"},
-		{"boolean", `{"access_token":"LEAK","expires_on":true}`, "expires_on: not"},
-		{"object", `{"access_token":"LEAK","expires_on":{"LEAK":1}}`, "expires_on: not"},
-		{"negative", `{"access_token":"LEAK","expires_in":-1}`,
-			"expires_in: not a number of seconds"},
-		{"too far", `{"access_token":"LEAK","expires_in":1e300}`, "expires_in: not"},
-		{"one of two unreadable", `{"access_token":"LEAK","expires_on":"1772370000","expires_in` +
-			`":"LEAK"}`, "expires_in: not"},
-		{"expired", `{"access_token":"LEAK","expires_on":"1772366400"}`, errExpired.Error()},
-		{"no life", `{"access_token":"LEAK","expires_in":0}`, errExpired.Error()},
-		{"hardly a life", `{"access_token":"LEAK","expires_in":0.02}`, errExpired.Error()},
-		{"no token", `{"expires_in":3600,"id":"LEAK"}`, "access_token is missing"},
-		{"empty token", `{"access_token":"` + in, "access_token is missing"},
-		{"null", `null`, "access_token is missing"},
-		{"token of a number", `{"access_token":1,"expires_in":3600}`,
-			"not the JSON object expected"},
-		{"array", `["LEAK"]`, "not the JSON object expected"},
-		{"empty", ``, "not the JSON object expected"},
-		{"a web page", `<html>LEAK</html>`,
-			"answered with text/html; charset=utf-8, not a usable token: not the JSON object " +
-				"expected"},
-		{"too large", `{"access_token":"` + strings.Repeat("LEAK", maxAnswer/4) + in,
-			"not the JSON object expected"},
-		{"line break", `{"access_token":"LEAK\r\nX-Forged: 1` + in,
-			"access_token has bytes that a header cannot carry"},
-		{"space", `{"access_token":"LEAK LEAK` + in, "access_token has bytes"},
-		{"NUL", `{"access_token":"LEAK\u0000` + in, "access_token has bytes"},
-		{"DEL", `{"access_token":"LEAK\u007f` + in, "access_token has bytes"},
-		{"not ASCII", `{"access_token":"LEAKé` + in, "access_token has bytes"},
+		{"no expiry", `{"access_token":"LEAK"}`, expiry},
+		{"empty expiry", `{"access_token":"LEAK","expires_on":"","expires_in":null}`, expiry},
+		{"expires_on unreadable", `{"access_token":"LEAK","expires_on":"LEAK` + in, expiry},
+		{"milliseconds", `{"access_token":"LEAK","expires_on":1772370000000}`, expiry},
+		{"boolean", `{"access_token":"LEAK","expires_on":true}`, expiry},
+		{"object", `{"access_token":"LEAK","expires_on":{"LEAK":1}}`, expiry},
+		{"negative", `{"access_token":"LEAK","expires_in":-1}`, expiry},
+		{"no number", `{"access_token":"LEAK","expires_in":"NaN"}`, expiry},
+		{"expired", `{"access_token":"LEAK","expires_on":"1772366400"}`, expired},
+		{"hardly a life", `{"access_token":"LEAK","expires_in":0.9}`, expired},
+		{"no token", `{"expires_in":3600,"id":"LEAK"}`, object},
+		{"empty token", `{"access_token":"` + in, object},
+		{"null", `null`, object},
+		{"token of a number", `{"access_token":1,"expires_in":3600}`, object},
+		{"web page", `<html>LEAK</html>`, object},
+		{"too large", `{"access_token":"` + strings.Repeat("LEAK", maxAnswer/4) + in, object},
+		{"line break", `{"access_token":"LEAK\r\nX-Forged: 1` + in, object},
+		{"space", `{"access_token":"LEAK LEAK` + in, object},
+		{"DEL", `{"access_token":"LEAK\u007f` + in, object},
+		{"not ASCII", `{"access_token":"LEAKé` + in, object},
 	} {
-		f := newFakeIdentity(t)
-		s, _ := newTestEndpoint(t, f, imdsEnv, "")
-		f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-			w.Header()["Date"] = nil
-			io.WriteString(w, tt.body)
-		})
-		got, failure := s.fetch(context.Background())
-		if failure == nil || got != (token{}) || !strings.Contains(failure.Error(), tt.want) ||
-			strings.Contains(failure.Error(), "LEAK") {
-			t.Errorf("%s: got %v, want %q", tt.name, failure, tt.want)
+		got, failure := newFakeIdentity(t).fetch(t, imdsEnv, datedAnswer(0, tt.body))
+		if failure == nil || got != (token{}) || strings.Contains(failure.Error(), "LEAK") ||
+			!strings.Contains(failure.text, "answered 200 without a usable token: "+tt.want) ||
+			failure.lasting == (tt.want == expired) {
+			t.Errorf("%s: got %+v, want %q", tt.name, failure, tt.want)
 		}
-		if asked := f.fetches.Load(); (asked > 1) != (tt.want == errExpired.Error()) {
-			t.Errorf("%s: asked %d times", tt.name, asked)
-		}
-	}
-}
-
-// Text that is safe to show.
-
-// TestFailureIsExplainedByKnownErrorsOnly makes real round trips fail. What
-// net/http says of the rest quotes
-// the
-// peer's bytes.
-func TestFailureIsExplainedByKnownErrorsOnly(t *testing.T) {
-	plain := func(text string) string { return newUpstream(t, answerRaw(text)).URL }
-	secure := httptest.NewTLSServer(http.NotFoundHandler())
-	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
-	t.Cleanup(secure.Close)
-	silent := newUpstream(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-	for _, tt := range []struct{ name, url, want string }{
-		{"refused", nobody, "dial tcp 127.0.0.1:1: "},
-		{"hang-up", plain(""), "the connection ended"},
-		{"certificate", secure.URL, "x509: certificate signed by unknown authority"},
-		{"no TLS", "https" + strings.TrimPrefix(plain("HTTP/1.1 400 LEAK\r\n\r\n"), "http"),
-			"the answer is not TLS"},
-		{"silence", silent.URL, "timed out"},
-		{"cut head", plain("HTTP/1.1 200 OK\r\nA: LEAK"), "the connection ended"},
-		{"no status line", plain("Bearer LEAK\r\n\r\n"), "the answer is not HTTP"},
-		{"status", plain("HTTP/1.1 LEAK\r\n\r\n"), "the answer is not HTTP"},
-		{"version", plain("HTTP/LEAK 200 OK\r\n\r\n"), "the answer is not HTTP"},
-		{"header line", plain("HTTP/1.1 200 OK\r\nBearer LEAK\r\n\r\n"), "the answer is not HTTP"},
-		{"header name", plain("HTTP/1.1 200 OK\r\n LEAK: a\r\n\r\n"), "the answer is not HTTP"},
-		{"length", plain("HTTP/1.1 200 OK\r\nContent-Length: LEAK\r\n\r\n"),
-			"the answer is not HTTP"},
-		{"lengths", plain("HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: LEAK\r\n\r\n"),
-			"the answer is not HTTP"},
-		{"framing", plain("HTTP/1.1 200 OK\r\nTransfer-Encoding: LEAK\r\n\r\n"),
-			"the answer is not HTTP"},
-		{"trailer", plain("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nLEAK\r\n\r\n"),
-			"the answer is not HTTP"},
-		{"chunk", plain("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nLEAK\r\n"),
-			"the answer is not HTTP"},
-		{"cut body", plain("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nLEAK"),
-			"the connection ended"},
-	} {
-		wait := safetyNet
-		if tt.name == "silence" {
-			wait = time.Second / 4
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), wait)
-		req, _ := http.NewRequestWithContext(ctx, "GET", tt.url, nil)
-		resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-		if err == nil {
-			_, err = io.ReadAll(resp.Body)
-			resp.Body.Close()
-		}
-		cancel()
-		if err == nil {
-			t.Errorf("%s: no error", tt.name)
-			continue
-		}
-		if _, got := explainFailure(err); !strings.Contains(got, tt.want) ||
-			strings.Contains(got, "LEAK") {
-			t.Errorf("%s: got %q of %q, want %q", tt.name, got, err, tt.want)
-		}
-	}
-	for _, tt := range []struct {
-		err  error
-		want string
-	}{
-		{&net.DNSError{Err: "no such host", Name: "a.example"}, "a.example: no such host"},
-		{fmt.Errorf("LEAK: %w", context.Canceled), "cancelled"},
-		{errors.New("LEAK"), "the connection ended, or the answer is not HTTP"},
-		{&net.OpError{Op: "remote error", Err: tls.AlertError(40)},
-			"remote error: tls: handshake failure"},
-		{&net.OpError{Op: "proxyconnect", Net: "tcp", Err: &net.OpError{Op: "dial", Net: "tcp",
-			Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9}, Err: errors.New("no")}},
-			"proxyconnect tcp: dial tcp 127.0.0.1:9: no"},
-		{proxyRefusal(407), "HTTPS_PROXY answered 407 Proxy Authentication Required"},
-	} {
-		if _, got := explainFailure(tt.err); got != tt.want {
-			t.Errorf("%v: got %q, want %q", tt.err, got, tt.want)
-		}
-	}
-}
-
-func TestNothingTheEndpointSaysLeaksOrForges(t *testing.T) {
-	const forged = "\n2026/03/01 12:00:00 forged\r\u202e\u2028\u2029\u0085\x1b[2J\x00"
-	log := followLog(t)
-	jsonForged := `s3cret\n2026/03/01 12:00:00 forged\r\u202e\u2028\u2029\u0085\u001b[2J\u0000`
-	for _, tt := range []struct {
-		name   string
-		answer http.HandlerFunc
-	}{
-		{"text", refuse(400, "", "s3cret"+forged)},
-		{"message", refuse(400, "", `{"message":"`+jsonForged+`"}`)},
-		{"error_description", refuse(403, "", `{"error":"`+jsonForged+`","error_description":"`+
-			``+jsonForged+`"}`)},
-		{"error.message", refuse(500, "", `{"error":{"code":"`+jsonForged+`","message":"`+
-			``+jsonForged+`"}}`)},
-		{"body of a 200", refuse(200, "", "s3cret"+forged)},
-		{"token of a 200", refuse(200, "", `{"access_token":"s3cret`+jsonForged+`","expires_in"`+
-			`:3600}`)},
-		{"Content-Type", func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "s3cret\u202e\u2028")
-		}},
-		{"header without a colon", answerRaw("HTTP/1.1 200 OK\r\ns3cret\u202e\u2028\r\n\r\n")},
-		{"status line", answerRaw("s3cret\u202e\u2028\r\n\r\n")},
-		{"status", answerRaw("HTTP/1.1 400 s3cret\u202e\u2028\r\nContent-Length: 0\r\n\r\n")},
-		{"Location", func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, "http://127.0.0.1/?s3cret", http.StatusFound)
-		}},
-		{"a token", func(w http.ResponseWriter,
-			_ *http.Request) {
-			fmt.Fprint(w, tokenAnswer("s3cret", time.Hour))
-		}},
-	} {
-		f := newFakeIdentity(t)
-		before := len(log.String())
-		f.answerWith(tt.answer)
-		tokens, _ := newTestTokens(t, f, "IDENTITY_ENDPOINT=URL/msi?code=hidden "+
-			"IDENTITY_HEADER=s3cret")
-		_, err := tokens.current(context.Background())
-		line := log.String()[before:]
-		if strings.Count(line, "\n") != 1 || !strings.Contains(line,
-			strings.TrimPrefix(f.URL, "http://")) {
-			t.Errorf("%s: logged %q, want one line", tt.name, line)
-		}
-		for _, bad := range []string{"s3cret", "hidden", "\n2026", "\r", "\x00", "\x1b", "\u0085",
-			"\u202e", "\u2028", "\u2029"} {
-			if text := fmt.Sprint(err); strings.Contains(line, bad) || strings.Contains(text, bad) {
-				t.Errorf("%s: %q is in the log or the error: %q, %q", tt.name, bad, line, text)
-			}
-		}
-	}
-}
-
-func TestArcAnswerWithoutChallengeIsNotEchoed(t *testing.T) {
-	f := newFakeIdentity(t)
-	s, _ := newTestEndpoint(t, f, arcEnv, "")
-	f.answerWith(refuse(200, "", `{"access_token":"LEAK`))
-	if _, failure := s.fetch(context.Background()); failure == nil ||
-		strings.Contains(failure.Error(), "LEAK") {
-		t.Errorf("got %v", failure)
-	}
-}
-
-// TestHeldTokenAndKeyStayOutOfAFailure: the endpoint may repeat what it gave before, or half of it.
-func TestHeldTokenAndKeyStayOutOfAFailure(t *testing.T) {
-	log := followLog(t)
-	f := newFakeIdentity(t)
-	held := "eyJ0eXAi.held." + strings.Repeat("t0k3n", 15) // short enough to be no secret otherwise
-	f.answerWith(func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, tokenAnswer(held, time.Hour))
-	})
-	tokens, c := newTestTokens(t, f, imdsEnv)
-	wantToken(t, tokens, held)
-	for _, words := range []string{"x " + held, strings.Repeat("x ", 245) + held, "x " + held[:40],
-		`{"error_description":"` + held + `"}`} {
-		f.answerWith(refuse(400, "", words))
-		c.advance(50 * time.Minute)
-		wantToken(t, tokens, held)
-		settle(tokens)
-		c.advance(-50*time.Minute + safetyNet)
-	}
-	if text := log.String(); strings.Count(text, "answered 400: ") != 4 ||
-		strings.Contains(text, "held") ||
-		strings.Contains(text, "t0k3n") {
-		t.Errorf("got %s", text)
-	}
-}
-
-func TestSecretIsRedactedBeforeWordsAreCut(t *testing.T) {
-	f := newFakeIdentity(t)
-	s, _ := newTestEndpoint(t, f, appServiceEnv, "")
-	// The secret lies across the limit, which "answered 400: " comes before.
-	f.answerWith(refuse(400, "", strings.Repeat("x ", (maxPiece-18)/2)+"s3cret"))
-	_, failure := s.fetch(context.Background())
-	if text := failure.Error(); strings.Contains(text, "s3c") || !strings.Contains(text, "x RED") {
-		t.Errorf("got %v", failure)
-	}
-}
-
-func TestArcKeyAndAssertionAreRedacted(t *testing.T) {
-	f := newFakeIdentity(t)
-	keys := t.TempDir()
-	s, _ := newTestEndpoint(t, f, arcEnv, keys)
-	key := filepath.Join(keys, "a.key")
-	writeFile(t, key, "K3Y")
-	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("WWW-Authenticate", "Basic realm="+key)
-		if r.Header.Get("Authorization") == "" {
-			w.WriteHeader(401)
-			return
-		}
-		http.Error(w, "bad key "+r.Header.Get("Authorization"), 400)
-	})
-	_, failure := s.fetch(context.Background())
-	if text := failure.Error(); strings.Contains(text, "K3Y") ||
-		!strings.Contains(text, "bad key Basic REDACTED") {
-		t.Errorf("arc: got %v", failure)
-	}
-	file := filepath.Join(t.TempDir(), "federated")
-	writeFile(t, file, "eyJ4.eyJ5.s1g")
-	s, _ = newTestEndpoint(t, f, workloadEnv+file, "")
-	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		http.Error(w, "bad assertion "+r.FormValue("client_assertion"), 400)
-	})
-	_, failure = s.fetch(context.Background())
-	if text := failure.Error(); strings.Contains(text, "s1g") ||
-		!strings.Contains(text, "bad assertion REDACTED") {
-		t.Errorf("workload: got %v", failure)
-	}
-}
-
-func TestErrorIsBounded(t *testing.T) {
-	f := newFakeIdentity(t)
-	s, _ := newTestEndpoint(t, f, imdsEnv, "")
-	words := strings.Repeat("x ", 50_000)
-	for name, answer := range map[string]http.HandlerFunc{
-		"content type": func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", words)
-		},
-		"body": refuse(400, "", words),
-	} {
-		f.answerWith(answer)
-		_, failure := s.fetch(context.Background())
-		if n := len(failure.Error()); n < maxPiece || n > maxPiece+200 {
-			t.Errorf("%s: %d bytes", name, len(failure.Error()))
-		}
-	}
-}
-
-// TestSafeText: secrets go first, then what could forge a line, then what is too long.
-func TestSafeText(t *testing.T) {
-	const header = "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiJ9."
-	const held, proof = header + "eyJpYXQiOjJ9.held", header + "eyJpYXQiOjF9.proof" // begin alike
-	s := &secrets{}
-	s.hide("endpoint's secret", "sesame")
-	s.hide("key", "open sesame")
-	s.hide("proof", proof)
-	s.hide("other", "")
-	for i := range 1000 { // pushes out none of another kind
-		s.hide("token", strconv.Itoa(i))
-	}
-	s.hide("token", held)
-	x := func(n int) string { return strings.Repeat("x", n) }
-	for _, tt := range []struct {
-		name, text string
-		limit      int
-		want       string
-	}{
-		{"nothing to do", "a b", 9, "a b"},
-		{"empty", "", 9, ""},
-		{"key", "a open sesame b", 99, "a REDACTED b"},
-		{"one secret in another", "sesame, open sesame", 99, "REDACTED, REDACTED"},
-		{"token", "a " + held + " b", 99, "a REDACTED b"},
-		{"proof, which begins alike", "a " + proof + " b", 99, "a REDACTED b"},
-		{"tokens in a row", held + held + "\n", 99, "REDACTEDREDACTED "},
-		{"beginning of a token", "a " + held[:20] + "… b", 99, "a REDACTED… b"},
-		{"beginning of a token, and more", "a:" + held[:20] + "guess b", 99, "a:REDACTED b"},
-		{"beginning within a word", "a:x" + held[:16] + "/b", 99, "a:REDACTED/b"},
-		{"less than counts", "a " + held[:15] + " b", 99, "a " + held[:15] + " b"},
-		{"a word that may be a token", "a/" + x(101) + "?b", 99, "a/REDACTED?b"},
-		{"one such word in another", x(101) + " " + x(102), 99, "REDACTED REDACTED"},
-		{"words that are none", x(100) + "/" + x(100), 201, x(100) + "/" + x(100)},
-		{"token at the limit", x(16) + " " + held, 20, x(16) + " RED…"},
-		{"control characters", "a\nb\r\x1b\u2028\u202e\x00c", 20, "a b     c"},
-		{"at the limit", x(20), 20, x(20)},
-		{"too long", x(21), 20, x(20) + "…"},
-		{"too long, cut within a rune", x(19) + "üü", 20, x(19) + "…"},
-	} {
-		if got := s.safe(tt.text, tt.limit); got != tt.want {
-			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
-		}
-	}
-	if n := len(s.values); n != 4 {
-		t.Errorf("%d secrets are kept", n)
 	}
 }
 
 // Fuzz targets.
 
-func FuzzSafeText(f *testing.F) {
-	f.Add("a open sesame b", "open sesame", 10)
-	f.Add("\x1b\n\u202e\xff", "\n", 3)
-	f.Add("xxxxxxxxxxxxxxxxxxxxxxxx", "xxxxxxxxxxxxxxxxxxx", 5)
-	f.Fuzz(func(t *testing.T, text, value string, limit int) {
-		const mark = "\x00" // for what is redacted
-		if limit < 1 || limit > 1e6 || strings.Contains("REDACTED", value) ||
-			strings.Contains(value, mark) {
-			return
-		}
-		s := &secrets{}
-		s.hide("key", value)
-		s.hide("token", value+"2")
-		got := s.safe(text, limit)
-		if len(got) > limit+len("…") || printable(got) != got || !utf8.ValidString(got) {
-			t.Errorf("%q without %q: got %q", text, value, got)
-		}
-		if strings.Contains(strings.ReplaceAll(s.redact(text), "REDACTED", mark), value) {
-			t.Errorf("%q keeps %q", text, value)
-		}
-	})
-}
-
 func FuzzParseToken(f *testing.F) {
 	f.Add(tokenAnswer("token", time.Hour), int64(0))
 	for _, seed := range []string{`null`, `{}`, `[]`, `{"access_token":"a b","expires_in":1}`,
 		`{"access_token":"a","expires_in":8e9,"refresh_in":1e-9}`,
-		`{"access_token":"a","expires_on":"2026-03-01T13:00:00.0000000+00:00"}`,
 		`{"access_token":"a","expires_on":"3/1/2026 1:00:00 PM +00:00"}`,
-		`{"access_token":"a","expires_on":"9999-12-31T23:59:59Z"}`,
-		`{"access_token":"a","expires_in":1e-9}`} {
+		`{"access_token":"a","expires_on":"9999-12-31T23:59:59Z"}`} {
 		f.Add(seed, int64(3600))
 	}
-	sent := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	sent := time.Unix(noon, 0)
 	f.Fuzz(func(t *testing.T, body string, off int64) {
 		got, err := parseToken([]byte(body), sent, sent.Add(time.Duration(off)))
 		if err != nil {
@@ -1620,7 +1094,7 @@ func FuzzParseToken(f *testing.F) {
 		}
 		secret := strings.TrimPrefix(got.authorization, "Bearer ")
 		bad := strings.ContainsFunc(secret, func(r rune) bool { return r < 0x21 || r > 0x7e })
-		if secret == "" || bad || !got.expires.After(sent) || !got.refresh.After(sent) {
+		if secret == "" || bad || !got.refresh.After(sent) || !got.expires.After(got.refresh) {
 			t.Errorf("got %+v", got)
 		}
 	})
@@ -1634,15 +1108,16 @@ func FuzzChallenge(f *testing.F) {
 		writeFile(f, name, filepath.Base(name))
 		f.Add("Basic realm=" + name)
 	}
-	for _, seed := range []string{"", "Basic realm=", `Basic realm="DIR/a.key"`,
-		"Basic realm=DIR/../a.key", "Basic realm=DIR//a.key", "Basic realm=DIR/other.txt"} {
+	for _, seed := range []string{"", "Basic realm=", "Basic realm=a.key", "Bearer realm=DIR/a.key",
+		`Basic realm="DIR/a.key"`, "Basic realm=DIR/../a.key", "Basic realm=DIR//a.key",
+		"Basic realm=DIR/./a.key", "Basic realm=DIR/sub/../a.key", "Basic realm=DIR"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, challenge string) {
 		challenge = strings.ReplaceAll(challenge, "DIR", dir)
 		key, err := readKey(challenge, dir)
-		if legal := challenge == "Basic realm="+good; legal != (err == nil) || legal &&
-			key != "a.key" || !legal && key != "" {
+		legal := challenge == "Basic realm="+good
+		if legal != (err == nil) || legal != (key == "a.key") || !legal && key != "" {
 			t.Errorf("%q: got %q, %v", challenge, key, err)
 		}
 	})
