@@ -28,13 +28,13 @@
 //
 //	| measure | aoai-proxy | httputil | bufferpool | direct | aoai-proxy ÷ bufferpool |
 //	|---|---|---|---|---|---|
-//	| small JSON, 1 client: CPU, µs | 361 | 525 | 450 | | 0.80 |
-//	| small JSON, 32 clients: CPU, µs | 249 | 319 | 292 | | 0.85 |
-//	| small JSON: allocated, KiB | 18.8 | 25 | 20.8 | | 0.90 |
-//	| fast event stream: CPU per event, µs | 5.87 | 7.29 | 7.38 | | 0.80 |
-//	| paced event stream: median delay, µs | 309 | 380 | 337 | 152 | 0.92 |
-//	| open stream, 2 KB prompt: resident, KiB | 72.4 | 82 | 83.7 | | 0.87 |
-//	| open stream, 200 KB prompt: resident, KiB | 94.5 | 98.2 | 93.4 | | 1.01 |
+//	| small JSON, 1 client: CPU, µs | 179 | 220 | 195 | | 0.92 |
+//	| small JSON, 32 clients: CPU, µs | 77.3 | 114 | 85.2 | | 0.91 |
+//	| small JSON: allocated, KiB | 19.8 | 25 | 20.8 | | 0.95 |
+//	| fast event stream: CPU per event, µs | 2.77 | 2.8 | 2.9 | | 0.95 |
+//	| paced event stream: median delay, µs | 100 | 105 | 98.8 | 16.4 | 1.02 |
+//	| open stream, 2 KB prompt: resident, KiB | 71.6 | 82.4 | 84.1 | | 0.85 |
+//	| open stream, 200 KB prompt: resident, KiB | 77.4 | 98.9 | 93.6 | | 0.83 |
 package main
 
 import (
@@ -411,7 +411,6 @@ func (b *bench) start(ctx context.Context, name string, env ...string) (*peer, e
 		env = append(env, peerVariable+"="+name)
 	}
 	p.cmd = exec.CommandContext(ctx, program)
-	p.cmd.Dir = b.dir // where there is no .env
 	p.cmd.Env = append(env, "TARGET_URL="+b.upstream.URL+"/openai/", "PORT=0", "HOST=127.0.0.1",
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST="+b.identity.URL, "SSL_CERT_FILE="+b.caFile())
 	stderr, err := p.cmd.StderrPipe()
@@ -517,7 +516,7 @@ func servePeer(pooled bool) error {
 			IdleConnTimeout:     time.Minute,
 			DisableCompression:  true,
 			TLSClientConfig:     &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(0)},
-			WriteBufferSize:     16 << 10,
+			WriteBufferSize:     8 << 10,
 		},
 		FlushInterval: -1,
 	}
