@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"math"
 	"net"
 	"net/http"
@@ -156,12 +155,12 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.streams.Add(1)
 	defer f.streams.Add(-1)
 	start := time.Now()
-	log.Printf("%s from %s", f.shown(r.Method+" ", r.RequestURI), r.RemoteAddr)
+	logger.Printf("%s from %s", f.shown(r.Method+" ", r.RequestURI), r.RemoteAddr)
 	body := newRequestBody(w, r)
 
 	// Check the caller.
 	if refusal := f.checkCaller(r); refusal != nil {
-		log.Printf("answered %d to %s: %s", refusal.status, r.RemoteAddr, refusal.message)
+		logger.Printf("answered %d to %s: %s", refusal.status, r.RemoteAddr, refusal.message)
 		refusal.write(w, body)
 		return
 	}
@@ -175,7 +174,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.logUpstream(req, start, e.Error())
 		e.write(w, body)
 	}
-	t, failure := f.tokens.current(r.Context())
+	t, failure := f.tokens.await(r.Context())
 	if failure != nil {
 		fail(f.noToken(failure))
 		return
@@ -243,8 +242,8 @@ func (f *forwarder) shown(prefix, target string) string {
 	}
 	if f.key != "" {
 		inPath, err := url.PathUnescape(text)
-		inQuery, _ := url.QueryUnescape(text) // here a + is a space
-		if err != nil || strings.Contains(inPath, f.key) || strings.Contains(inQuery, f.key) {
+		inQuery, err2 := url.QueryUnescape(text) // here a + is a space
+		if err != nil || err2 != nil || strings.Contains(inPath+"\n"+inQuery, f.key) {
 			return "(not shown, as EXPECTED_KEY may be in it)"
 		}
 	}
@@ -388,13 +387,14 @@ func listItems(values []string) []string {
 // target is the resource that TARGET_URL names.
 type target struct {
 	base *url.URL // as it is used: "https://my-aoai.openai.azure.com/openai/"
-	root string   // what precedes the API in base's path: "/"; empty if none ends it
+	root string   // what precedes the API that base's path ends with: "/"; empty without one
 }
 
 // apiPath is a path that ends in an API, with what precedes that.
 var apiPath = regexp.MustCompile("^(/|/.*/)(openai|anthropic)/(v1/)?$")
 
-const wantTarget = "want one base URL such as https://my-aoai.openai.azure.com/openai/"
+const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/openai/ " +
+	"(one is enough now for both of its APIs)"
 
 // parseTarget parses TARGET_URL. A value that is refused may hold a key, in a
 // query for one, so the errors show no more of it than scheme and host. One
@@ -468,11 +468,11 @@ var dated = regexp.MustCompile("(^|&)api-version=[0-9]")
 //
 //	API       condition                                goes to
 //	Claude's                                           ROOT anthropic/v1/ CALL
-//	OpenAI's  the call is deployments; or the query    ROOT openai/ CALL
-//	          is dated, and either no base segment is
-//	          v1 or the call is an operation
-//	OpenAI's  a base segment is v1, or the call is an  ROOT openai/v1/ CALL
-//	          operation
+//	OpenAI's  the call is deployments                  ROOT openai/ CALL
+//	OpenAI's  dated, and no base segment is v1         ROOT openai/ CALL
+//	OpenAI's  dated, and the call is an operation      ROOT openai/ CALL
+//	OpenAI's  a base segment is v1                     ROOT openai/v1/ CALL
+//	OpenAI's  the call is an operation                 ROOT openai/v1/ CALL
 //	OpenAI's  a base segment is openai                 ROOT openai/ CALL
 //	OpenAI's  none of these                            BASE CALL
 //
@@ -492,7 +492,7 @@ func (t *target) upstreamURL(requestURI string, h http.Header) *url.URL {
 		call = strings.TrimLeft(path, "/")
 	case isClaudes(segments, first, h):
 		before = t.root + "anthropic/v1/"
-	case first == "deployments", isDated && (!hasV1 || operations[first]):
+	case first == "deployments", isDated && !hasV1, isDated && operations[first]:
 		before = t.root + "openai/"
 	case hasV1, operations[first]:
 		before = t.root + "openai/v1/"
@@ -502,7 +502,7 @@ func (t *target) upstreamURL(requestURI string, h http.Header) *url.URL {
 	return &url.URL{
 		Scheme:     t.base.Scheme,
 		Host:       t.base.Host,
-		Opaque:     before + call, // written as it is, so that escapes stay
+		Opaque:     before + call, // sent as it is, as it begins with one slash
 		RawQuery:   cutCredentials(query),
 		ForceQuery: hasQuery && query == "",
 	}
@@ -628,8 +628,9 @@ func (b *requestBody) Read(p []byte) (int, error) {
 	b.begun.Store(true)
 	n, err := b.from.Read(p)
 	if b.dropped.Load() {
-		// Now end reads it, too, and what came before may be lost. An error
-		// keeps the request from looking complete to the upstream.
+		// Now end reads it, too, and has some of it. (The server's body has a
+		// lock for that.) An error keeps the request from looking complete to
+		// the upstream.
 		return 0, errors.New("the answer is over")
 	}
 	if err == io.EOF {
@@ -678,7 +679,7 @@ const lingerTime = time.Second
 // transport is reading just then, it ends that read by abortPendingRead
 // (net/http's server.go), which takes any deadline away: a client that sends
 // nothing more would keep its connection for good. With the body closed here,
-// nothing is left for it to do.
+// nothing is left for it to do, except to send the end of a chunked answer.
 //
 // The deadline comes after the answer, as an upload may run beside that. The
 // transport may go on reading, which does no harm: the upstream has answered,
@@ -711,7 +712,7 @@ func checkStatus(r *http.Request, resp *http.Response) error {
 // connection or host.
 func copyHeader(h, upstream http.Header) {
 	for _, name := range listItems(upstream["Connection"]) {
-		if !strings.EqualFold(name, "Content-Length") { // it frames the answer here, too
+		if !strings.EqualFold(name, "Content-Length") { // an answer to HEAD has nothing else
 			upstream.Del(name)
 		}
 	}
@@ -883,8 +884,9 @@ func (f *forwarder) noAnswer(err error) *apiError {
 		message: message, hint: hintFor(noAnswerCauses, 0, message)}
 }
 
-// reason says why a round trip failed, in Go's words. Those that quote a line
-// of what the peer sent say that it is malformed, and are not shown.
+// reason says why a round trip failed, in Go's words. Those that quote what the
+// peer sent in the place of a head, perhaps the rest of another answer, say
+// that it is malformed, and are not shown.
 func reason(err error) string {
 	if strings.Contains(err.Error(), "malformed") {
 		return "the answer is not HTTP"
@@ -922,7 +924,7 @@ func (e *apiError) write(w http.ResponseWriter, body *requestBody) {
 // logUpstream writes a line about an upstream request: how it went wrong, in
 // most cases.
 func (f *forwarder) logUpstream(req *http.Request, start time.Time, what string) {
-	log.Printf("%s after %v: %s", f.shownUpstream(req),
+	logger.Printf("%s after %v: %s", f.shownUpstream(req),
 		time.Since(start).Round(time.Millisecond), what)
 }
 

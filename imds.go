@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"net"
 	"net/http"
 	"net/url"
@@ -41,8 +40,8 @@ const (
 	// firstPause follows the first failure. Each further failure in a row
 	// doubles it, up to maxPause, as Microsoft asks for ("How to use managed
 	// identities for Azure resources on an Azure VM to acquire an access
-	// token", Retry guidance). After maxPause a source that no request asks for
-	// a token waits for idlePause more.
+	// token", Retry guidance). If no request wants a token then, idlePause
+	// follows maxPause.
 	firstPause = 800 * time.Millisecond
 	maxPause   = 10 * time.Second
 	idlePause  = time.Minute
@@ -138,9 +137,9 @@ func withHint(text, hint string) string {
 	return text + "; hint: " + hint
 }
 
-// current returns a valid token: the held one, or else the one that a try of
-// run brings within maxWait.
-func (s *tokenSource) current(ctx context.Context) (token, *fetchError) {
+// await returns a valid token: the held one, or else the one that a try of run
+// brings within maxWait.
+func (s *tokenSource) await(ctx context.Context) (token, *fetchError) {
 	var late <-chan time.Time
 	for {
 		// tried is read before the token. A try that ends in between closes it,
@@ -148,7 +147,7 @@ func (s *tokenSource) current(ctx context.Context) (token, *fetchError) {
 		s.mu.Lock()
 		failure, tried := s.failure, s.tried
 		s.mu.Unlock()
-		if t, ok := s.peek(); ok {
+		if t, ok := s.current(); ok {
 			return t, nil
 		}
 		// It is of no use to wait for the end of a pause that follows a
@@ -171,9 +170,9 @@ func (s *tokenSource) current(ctx context.Context) (token, *fetchError) {
 	}
 }
 
-// peek returns the held token, and whether that can be sent. If it is due to be
+// current returns the held token, and whether that is valid. If it is due to be
 // replaced, run is asked for another.
-func (s *tokenSource) peek() (t token, ok bool) {
+func (s *tokenSource) current() (t token, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()
@@ -181,6 +180,12 @@ func (s *tokenSource) peek() (t token, ok bool) {
 		s.ask()
 	}
 	return s.held, now.Before(s.held.expires)
+}
+
+// isReady tells whether there is a valid token.
+func (s *tokenSource) isReady() bool {
+	_, ok := s.current()
+	return ok
 }
 
 // ask wakes run, unless it has been asked already.
@@ -243,7 +248,7 @@ func (s *tokenSource) publish(t token) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.held.authorization == "" {
-		log.Printf("token ready: object id %s, expires %s",
+		logger.Printf("token ready: object id %s, expires %s",
 			t.claims().Object, t.expires.Format(time.RFC3339))
 	}
 	s.held = t
@@ -255,8 +260,8 @@ func (s *tokenSource) publish(t token) {
 }
 
 // publishFailure logs and keeps why a try failed, and returns how long to
-// pause. The held token stays in use for as long as it is valid. So the pause
-// ends with it at the latest, whatever the endpoint asks for.
+// pause. The held token stays in use for as long as it is valid. When it
+// expires, the pause ends too, whatever the endpoint asks for.
 func (s *tokenSource) publishFailure(failure *fetchError, failuresBefore int) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,7 +271,7 @@ func (s *tokenSource) publishFailure(failure *fetchError, failuresBefore int) ti
 	if left := s.held.expires.Sub(s.now()); left > 0 {
 		what, pause = "no new token", min(pause, left)
 	}
-	log.Printf("%s: %v; no other try for %v", what, failure, pause.Round(time.Millisecond))
+	logger.Printf("%s: %v; no other try for %v", what, failure, pause.Round(time.Millisecond))
 	failure.next = s.now().Add(pause)
 	s.failure = failure
 	s.wakeWaiting()
@@ -408,7 +413,8 @@ func newEndpoint(env func(string) string, scope string, arc arcFiles) (*endpoint
 	case isSet("IDENTITY_ENDPOINT") && isSet("IMDS_ENDPOINT"), hasArcAgent:
 		// Azure Arc ("Authenticate against Azure resources with Azure
 		// Arc-enabled servers"). A service that was started before the agent
-		// was installed lacks its variables, so the agent's file counts too.
+		// was installed lacks its variables, so the agent's file counts too. An
+		// older agent ignores a client id: the log shows whose token has come.
 		e.name, e.why = "Azure Arc", "IMDS_ENDPOINT is set, or "+arc.agent+" exists"
 		variable = "IDENTITY_ENDPOINT"
 		fallback = "http://127.0.0.1:40342/metadata/identity/oauth2/token"
@@ -470,7 +476,7 @@ func byWay(u *url.URL) string {
 }
 
 // fetch asks the endpoint for a token, once. A token's life counts from the
-// sending of the request, the earliest time at which it can have been issued.
+// sending of the request, as the answer may be long on its way.
 func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
@@ -488,9 +494,9 @@ func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 		// that only root and the group himds can read. A second one must show
 		// what is in that file, which proves that this program may have the
 		// token.
-		key, err := readKey(resp.Header.Get("WWW-Authenticate"), e.keyDir)
-		if err != nil {
-			return token{}, e.failure(true, "sent a challenge that cannot be met: %v", err)
+		key, keyErr := readKey(resp.Header.Get("WWW-Authenticate"), e.keyDir)
+		if keyErr != nil {
+			return token{}, e.failure(true, "sent a challenge that cannot be met: %v", keyErr)
 		}
 		resp, body, err = e.ask(ctx, "Basic "+key)
 	}
@@ -501,9 +507,9 @@ func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 		return token{}, e.refused(resp, body)
 	}
 
-	// expires_on is told by a clock that is right, and so is Date, unless the
-	// endpoint is on this host. From the one to the other, a host whose clock
-	// is wrong keeps a token for the right time all the same.
+	// A token's life is expires_on minus Date. Both come from a clock that is
+	// right, even if this host's is wrong. (On an endpoint of this host, Date
+	// is as wrong as the host's clock, and so no better than sent.)
 	endpointTime, err := http.ParseTime(resp.Header.Get("Date"))
 	if err != nil {
 		endpointTime = sent
@@ -514,7 +520,7 @@ func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 		return token{}, e.failure(isLasting, "answered 200 without a usable token: %v", err)
 	}
 	if e.debug {
-		log.Printf("debug: token from %s, expires %s, next refresh %s", e.name,
+		logger.Printf("debug: token from %s, expires %s, next refresh %s", e.name,
 			t.expires.Format(time.RFC3339), t.refresh.Format(time.RFC3339))
 	}
 	return t, nil
@@ -607,9 +613,9 @@ func (e *endpoint) refused(resp *http.Response, body []byte) *fetchError {
 var errExpired = errors.New("it has expired already, by the endpoint's clock or, " +
 	"if that sends no Date, by this host's")
 
-// parseToken reads the answer to a request for a token. When that was sent, our
-// clock showed sent, and the endpoint's clock endpointTime. The errors do not
-// quote the answer.
+// parseToken reads the answer to a request for a token. sent is when that left
+// by this host's clock, and endpointTime the same moment by the endpoint's. The
+// errors do not quote the answer.
 func parseToken(body []byte, sent, endpointTime time.Time) (token, error) {
 	// The times come as numbers or as strings, depending on the endpoint.
 	var answer struct {

@@ -263,7 +263,7 @@ func (s *testTokens) pass(next http.HandlerFunc) {
 
 // ask asks for a token, and returns the header with it, or why there is none.
 func (s *testTokens) ask(ctx context.Context) string {
-	t, failure := s.current(ctx)
+	t, failure := s.await(ctx)
 	if failure != nil {
 		return failure.Error()
 	}
@@ -606,7 +606,7 @@ func TestEachFailedTryAndTheFirstTokenAreOneLineEach(t *testing.T) {
 func TestHeldTokenAllocatesNothing(t *testing.T) {
 	s, ctx := newTestTokens(t, nil), context.Background()
 	s.wantPause(t, untilRefresh)
-	if got := testing.AllocsPerRun(1000, func() { s.current(ctx) }); got != 0 {
+	if got := testing.AllocsPerRun(1000, func() { s.await(ctx) }); got != 0 {
 		t.Errorf("got %v allocations, want 0", got)
 	}
 }
@@ -827,6 +827,26 @@ func TestArcKeyIsReadFromItsDirectoryOnly(t *testing.T) {
 		}
 		if !good {
 			t.Errorf("%s: got %v, and showed %q; want %q", tt.name, failure, key, tt.want)
+		}
+	}
+}
+
+// TestArcAgentThatFailsAfterItsChallenge is asked again, as any other endpoint.
+func TestArcAgentThatFailsAfterItsChallenge(t *testing.T) {
+	f, keys := newFakeIdentity(t), t.TempDir()
+	e, _ := newTestEndpoint(t, f, arcEnv, keys)
+	writeFile(t, keys+"/a.key", "the key")
+	for _, answer := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"} {
+		f.answerWith(func(w http.ResponseWriter, r *http.Request) {
+			if r.Header.Get("Authorization") != "" {
+				answerRaw(answer)(w, r)
+				return
+			}
+			arcAgent("Basic realm="+filepath.Join(keys, "a.key"), nil)(w, r)
+		})
+		_, failure := e.fetch(context.Background())
+		if failure == nil || failure.lasting || !strings.Contains(failure.text, "gave no answer: ") {
+			t.Errorf("%q: got %v", answer, failure)
 		}
 	}
 }

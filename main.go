@@ -96,8 +96,13 @@ const exitConfig = 78
 // 1.
 type configError struct{ error }
 
+// logger writes the log. The standard one is silent: net/http's transport
+// writes to that what comes on an idle connection, which may be the end of a
+// token.
+var logger = log.New(lineWriter{os.Stderr}, "", log.LstdFlags)
+
 func main() {
-	log.SetOutput(lineWriter{os.Stderr})
+	log.SetOutput(io.Discard)
 	err := run(os.Args[1:], os.Stdout)
 	if err == nil {
 		return
@@ -183,9 +188,10 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		return nil, fmt.Errorf("DRAIN_DELAY: want a time such as 10s, got %q", env("DRAIN_DELAY"))
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
-		// Go, which does not trim it, goes without a proxy if it cannot read
-		// its URL. The usual reason is a password with characters that must be
-		// escaped there.
+		// Go does not trim it, and goes without a proxy if it cannot parse its
+		// URL, as is done here (parseProxy in golang.org/x/net/http/httpproxy).
+		// The usual reason is a password with characters that must be escaped
+		// there.
 		value := getenv(name)
 		if !strings.Contains(value, "://") {
 			value = "http://" + value
@@ -201,8 +207,9 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		return nil, err
 	}
 	cfg.endpoint.debug = cfg.debug
-	// On other platforms, who can call this port could as well ask the
-	// endpoint.
+	// Elsewhere every user of the host can as a rule ask the endpoint as well.
+	// If its operator bars some from it, the port must have a key too: the log
+	// says who may use it.
 	if cfg.endpoint.keyDir != "" && cfg.key == "" {
 		return nil, errors.New("EXPECTED_KEY: not set, but Azure Arc gives tokens to root and " +
 			"the group himds alone; without a key every user of this host could use them")
@@ -261,20 +268,18 @@ func (l listener) Accept() (net.Conn, error) {
 }
 
 // clientConn looks at the first byte of a connection. All else is the
-// TCPConn's; a tunnel, for one, needs its CloseWrite. A connection has one
-// reader at a time: the server, or later a tunnel.
+// TCPConn's; a tunnel, for one, needs its CloseWrite.
 type clientConn struct {
 	*net.TCPConn
-	hasRead bool
+	hasRead atomic.Bool
 }
 
 func (c *clientConn) Read(p []byte) (int, error) {
 	n, err := c.TCPConn.Read(p)
 	const handshake = 0x16 // of a TLS record (RFC 8446 §5.1); no method begins with it
-	if n > 0 && !c.hasRead && p[0] == handshake {
-		log.Printf("client %s speaks TLS: give it http:// in its base URL", c.RemoteAddr())
+	if n > 0 && !c.hasRead.Swap(true) && p[0] == handshake {
+		logger.Printf("client %s speaks TLS: give it http:// in its base URL", c.RemoteAddr())
 	}
-	c.hasRead = c.hasRead || n > 0
 	return n, err
 }
 
@@ -298,6 +303,7 @@ func newService(cfg *config) *service {
 	}
 	s.server = &http.Server{
 		Handler:                      http.HandlerFunc(s.route),
+		ErrorLog:                     logger,
 		DisableGeneralOptionsHandler: true,             // OPTIONS * is refused as other targets are
 		ReadHeaderTimeout:            15 * time.Second, // for clients that say nothing or dribble
 		ReadTimeout:                  0,                // an upload may take its time
@@ -320,19 +326,18 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 	}
 	path := r.URL.Path
-	_, call := splitPath(path)
+	_, call := splitPath(path) // call is empty if this is no more than a base URL
 	// A request with a body, or whose target is a URL, is no probe: the
 	// forwarder checks what to do with it.
 	isProbe := (call == "" || path == "/healthz" || path == "/readyz") &&
 		(r.Method == http.MethodGet || r.Method == http.MethodHead) &&
 		r.ContentLength == 0 && r.URL.Host == ""
-	_, hasToken := s.tokens.peek()
 	switch {
 	case !isProbe:
 		s.forwarder.ServeHTTP(w, r)
 	case path == "/readyz" && s.stopping.Load():
 		http.Error(w, "shutting down", http.StatusServiceUnavailable)
-	case path == "/readyz" && !hasToken:
+	case path == "/readyz" && !s.tokens.isReady():
 		http.Error(w, "no token", http.StatusServiceUnavailable)
 	default:
 		fmt.Fprintln(w, "ok")
@@ -342,10 +347,10 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 // serve answers requests until a signal arrives. For DRAIN_DELAY it goes on, as
 // a balancer may not know yet that this replica is to be left out. Then it
 // drains. A second signal ends the delay and the drain at once. What still runs
-// after that is broken off: requests by the end of their connections, and
-// tunnels, of which the server knows no more, by the end of ctx, which every
-// request's context stems from.
+// after that is broken off.
 func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) error {
+	// Every request's context stems from ctx. Its end ends the tunnels, which
+	// are the server's connections no more.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.server.BaseContext = func(net.Listener) context.Context { return ctx }
@@ -365,7 +370,7 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	s.stopping.Store(true)
 	s.notify("STOPPING=1")
 	if s.cfg.drainDelay > 0 {
-		log.Printf("stopping: accepts for another %v, while /readyz says 503", s.cfg.drainDelay)
+		logger.Printf("stopping: accepts for another %v, while /readyz says 503", s.cfg.drainDelay)
 	}
 	select {
 	case <-time.After(s.cfg.drainDelay):
@@ -373,17 +378,17 @@ func (s *service) serve(listeners []net.Listener, signals <-chan os.Signal) erro
 	case <-signals:
 	}
 	if n := s.forwarder.streams.Load(); n > 0 {
-		log.Printf("breaking off %d streams", n)
+		logger.Printf("breaking off %d streams", n)
 	}
 	s.server.Close()
-	log.Print("stopped")
+	logger.Print("stopped")
 	return nil
 }
 
 // drain accepts no more, and lets running requests and tunnels finish, until
 // another signal arrives or drainTime has passed.
 func (s *service) drain(signals <-chan os.Signal) {
-	log.Printf("draining %d streams (up to %v; a second signal breaks them off)",
+	logger.Printf("draining %d streams (up to %v; a second signal breaks them off)",
 		s.forwarder.streams.Load(), s.drainTime)
 	finished := make(chan struct{})
 	go func() {
@@ -412,7 +417,7 @@ func (s *service) notify(state string) {
 		conn.Close()
 	}
 	if err != nil {
-		log.Printf("NOTIFY_SOCKET: %v", err)
+		logger.Printf("NOTIFY_SOCKET: %v", err)
 	}
 }
 
@@ -420,10 +425,10 @@ func (s *service) notify(state string) {
 func (s *service) logStart(listeners []net.Listener) {
 	cfg := s.cfg
 	for _, ln := range listeners {
-		log.Printf("proxy listening on %s ➜ %s", ln.Addr(), cfg.target.base)
+		logger.Printf("proxy listening on %s ➜ %s", ln.Addr(), cfg.target.base)
 	}
-	log.Printf("tokens for %s come from %s", cfg.scope, cfg.endpoint)
-	log.Print(cfg.whoMayUseIt())
+	logger.Printf("tokens for %s come from %s", cfg.scope, cfg.endpoint)
+	logger.Print(cfg.whoMayUseIt())
 }
 
 // whoMayUseIt says who can speak with the identity through the proxy.
@@ -473,7 +478,7 @@ func check(cfg *config, problem error, out io.Writer) error {
 	s := newService(cfg)
 	f := s.forwarder
 	go s.tokens.run(ctx)
-	t, failure := s.tokens.current(ctx)
+	t, failure := s.tokens.await(ctx)
 	if failure != nil {
 		return fail("token", failure.text, failure.hint, "")
 	}
@@ -482,15 +487,19 @@ func check(cfg *config, problem error, out io.Writer) error {
 		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
 
 	// Ask for something that only a right URL, token and role get: the list of
-	// models. Claude has no such list, but refuses an empty JSON object as a
-	// message, with an error of its own. What is made here is a client's
-	// request, as far as upstreamRequest looks at it.
-	isClaude := strings.Contains(cfg.target.base.Path, "/anthropic/")
+	// models, by the v1 API if TARGET_URL names that, or else by the last dated
+	// version that is no preview. Claude has no such list, but refuses an empty
+	// JSON object as a message, with an error of its own. What is made here is
+	// a client's request, as far as upstreamRequest looks at it.
 	r := &http.Request{Method: "GET", RequestURI: "/models?api-version=2024-10-21"}
-	if isClaude {
+	isClaude := strings.Contains(cfg.target.base.Path, "/anthropic/")
+	switch {
+	case isClaude:
 		r = &http.Request{Method: "POST", RequestURI: "/messages", ContentLength: 2,
 			Header: http.Header{"Content-Type": {"application/json"},
 				"Anthropic-Version": {"2023-06-01"}}}
+	case strings.HasSuffix(cfg.target.base.Path, "/v1/"):
+		r.RequestURI = "/models"
 	}
 	req := f.upstreamRequest(r, &requestBody{from: io.NopCloser(strings.NewReader("{}"))})
 	req.Header.Set("Authorization", t.authorization)
@@ -519,9 +528,8 @@ func check(cfg *config, problem error, out io.Writer) error {
 	switch {
 	case !isClaude && isModels, isClaude && isRefusal:
 		ok("upstream", "%s", text)
-	case cfg.target.root == "" && status == http.StatusNotFound:
-		ok("upstream", "%s, as a gateway without a list of models does; "+
-			"the role is not shown", text)
+	case cfg.target.base.Path == "/models/" && status == http.StatusNotFound:
+		ok("upstream", "%s, as Foundry's model inference has no list; the role is not shown", text)
 	default:
 		return fail("upstream", text, hint, says)
 	}
@@ -530,10 +538,10 @@ func check(cfg *config, problem error, out io.Writer) error {
 	return nil
 }
 
-// A token has more than 1,200 characters. The last 342 of them are its
-// signature, without which it opens nothing. So of a text that repeats a token,
-// the first maxShown bytes can be shown. maxLine bounds a line of the log,
-// which may have several texts.
+// maxShown bounds, in bytes, a text of somebody else's that is shown, and
+// maxLine a line, which may have several. A token has more than 1,200
+// characters, and the last 342 of them are its signature, without which it
+// opens nothing. So the beginning of a text that repeats a token may be shown.
 const (
 	maxShown = 300
 	maxLine  = 1000
@@ -544,11 +552,7 @@ const (
 type lineWriter struct{ out io.Writer }
 
 func (w lineWriter) Write(line []byte) (int, error) {
-	// net/http's transport logs one thing of its own: an answer that nobody
-	// asked for, on an idle connection, as far as it has come. That may be the
-	// end of a token, so the line is cut where it quotes the answer.
-	text, _, _ := strings.Cut(strings.TrimSuffix(string(line), "\n"), " starting with \"")
-	_, err := io.WriteString(w.out, cut(text, maxLine)+"\n")
+	_, err := io.WriteString(w.out, cut(strings.TrimSuffix(string(line), "\n"), maxLine)+"\n")
 	return len(line), err
 }
 
