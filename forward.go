@@ -232,13 +232,13 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // so a target that has it, escaped or not, is not shown. What has other than
 // plain characters is quoted.
 func (f *forwarder) shown(prefix, target string) string {
-	text := prefix + "(no path)" // a target may be a URL with a password
-	if strings.HasPrefix(target, "/") {
-		path, query, hasQuery := strings.Cut(target, "?")
-		text = prefix + path
-		if hasQuery {
-			text += "?" + cutCredentials(query)
-		}
+	path, query, hasQuery := strings.Cut(target, "?")
+	if !strings.HasPrefix(path, "/") {
+		path = "(no path)" // it may be a URL with a password
+	}
+	text := prefix + path
+	if hasQuery {
+		text += "?" + cutCredentials(query)
 	}
 	if f.key != "" {
 		inPath, err := url.PathUnescape(text)
@@ -587,14 +587,14 @@ func upstreamHeader(r *http.Request) http.Header {
 
 // isForwarded tells whether a request header goes upstream.
 func isForwarded(name string) bool {
-	for _, prefix := range forwardedPrefixes {
-		if strings.HasPrefix(name, prefix) {
-			lower := strings.ToLower(name)
-			hasWord := func(word string) bool { return strings.Contains(lower, word) }
-			return !slices.ContainsFunc(credentialWords, hasWord)
-		}
+	if forwardedHeaders[name] {
+		return true
 	}
-	return forwardedHeaders[name]
+	hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
+	lower := strings.ToLower(name)
+	hasWord := func(word string) bool { return strings.Contains(lower, word) }
+	return slices.ContainsFunc(forwardedPrefixes, hasPrefix) &&
+		!slices.ContainsFunc(credentialWords, hasWord)
 }
 
 // requestBody is a request's body on its way upstream. It is streamed: the

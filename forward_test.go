@@ -176,7 +176,7 @@ func (p *testProxy) start(t testing.TB) {
 	listeners, err := listen(p.cfg)
 	// With PORT=0 a port that is free on one address may be taken on the next.
 	for range 10 {
-		if err == nil || len(p.cfg.hosts) == 1 {
+		if err == nil || len(listenHosts(p.cfg.host)) == 1 {
 			break
 		}
 		listeners, err = listen(p.cfg)
@@ -3161,15 +3161,18 @@ func TestReasonOfARefusalIsLogged(t *testing.T) {
 	}
 }
 
-// TestDebugTellsOfEveryAnswer, once.
-func TestDebugTellsOfEveryAnswer(t *testing.T) {
+// TestDebugTellsOfEveryTokenAndAnswer, once.
+func TestDebugTellsOfEveryTokenAndAnswer(t *testing.T) {
 	logged := followLog(t)
 	upstream := newUpstream(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Apim-Request-Id", "id-1")
 		io.WriteString(w, "LEAK")
 	})
 	p := startProxy(t, newFakeIdentity(t), upstream, vars{"AZURE_LOG_LEVEL": "debug"})
-	logged.waitFor(t, "debug: token from IMDS at ")
+	logged.waitFor(t, "token ready: ")
+	held, _ := p.tokens.current()
+	p.tokens.rejected(held)
+	logged.waitFor(t, "token ready: ")
 	p.do(t, "GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n")
 	line, _ := logged.waitFor(t, " after ")
 	if !strings.HasSuffix(line, ": answered 200 OK; apim-request-id id-1") ||

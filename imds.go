@@ -96,6 +96,7 @@ func (t token) claims() claims {
 // token is valid, no request waits. Without one, requests wait for run's tries.
 type tokenSource struct {
 	endpoint *endpoint
+	debug    bool // AZURE_LOG_LEVEL=debug
 	now      func() time.Time
 	after    func(time.Duration) <-chan time.Time
 	asked    chan struct{} // wakes run; has room for one, so that nobody waits to ask
@@ -107,9 +108,10 @@ type tokenSource struct {
 	rejectedAt time.Time     // when a 401 last made held due for refresh
 }
 
-func newTokenSource(e *endpoint) *tokenSource {
+func newTokenSource(e *endpoint, debug bool) *tokenSource {
 	return &tokenSource{
 		endpoint: e,
+		debug:    debug,
 		now:      time.Now,
 		after:    time.After,
 		asked:    make(chan struct{}, 1),
@@ -247,7 +249,7 @@ func (s *tokenSource) wait(ctx context.Context, d time.Duration, asked <-chan st
 func (s *tokenSource) publish(t token) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.held.authorization == "" {
+	if s.held.authorization == "" || s.debug {
 		logger.Printf("token ready: object id %s, expires %s",
 			t.claims().Object, t.expires.Format(time.RFC3339))
 	}
@@ -300,7 +302,6 @@ type endpoint struct {
 	assertionFile string // workload identity: what is in there goes into form
 	keyDir        string // Azure Arc: where the keys for its challenges are
 	isIMDS        bool   // 404 and 410 tell of an update, which passes
-	debug         bool   // AZURE_LOG_LEVEL=debug
 
 	transport *http.Transport
 	now       func() time.Time
@@ -518,10 +519,6 @@ func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 	if err != nil {
 		isLasting := err != errExpired // its cache may be about to get a new one
 		return token{}, e.failure(isLasting, "answered 200 without a usable token: %v", err)
-	}
-	if e.debug {
-		logger.Printf("debug: token from %s, expires %s, next refresh %s", e.name,
-			t.expires.Format(time.RFC3339), t.refresh.Format(time.RFC3339))
 	}
 	return t, nil
 }

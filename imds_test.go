@@ -238,7 +238,7 @@ func newTestTokens(t testing.TB, handler http.HandlerFunc) *testTokens {
 	f := newFakeIdentity(t)
 	f.answerWith(handler)
 	e, c := newTestEndpoint(t, f, imdsEnv, "")
-	s := &testTokens{newTokenSource(e), c, f, followLog(t), nil}
+	s := &testTokens{newTokenSource(e, false), c, f, followLog(t), nil}
 	s.tokenSource.now, s.tokenSource.after = c.now, c.after
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
@@ -752,7 +752,7 @@ func TestProxyOfTheEnvironmentIsForTLSOnly(t *testing.T) {
 	env := vars{"TARGET_URL": nobody, "PORT": "0", "HOST": "127.0.0.1", "AZURE_LOG_LEVEL": "debug",
 		"HTTP_PROXY": relay.URL, "HTTPS_PROXY": relay.URL,
 		"AZURE_POD_IDENTITY_AUTHORITY_HOST": imds}
-	startProgram(t, safetyNet, env).stderr.waitFor(t, "debug: token from IMDS at LOCALHOST:")
+	startProgram(t, safetyNet, env).stderr.waitFor(t, "token ready: ")
 
 	env["AZURE_FEDERATED_TOKEN_FILE"], _ = filepath.Abs("go.mod")
 	env["AZURE_TENANT_ID"], env["AZURE_CLIENT_ID"] = "t", "c"

@@ -154,7 +154,6 @@ func run(args []string, stdout io.Writer) error {
 type config struct {
 	target       *target
 	host         string        // HOST: "127.0.0.1"; empty if it is not set
-	hosts        []string      // where to listen: "127.0.0.1" and "::1"
 	port         string        // PORT: "8081"
 	key          string        // EXPECTED_KEY; empty for none
 	scope        string        // "https://cognitiveservices.azure.com/.default"
@@ -175,7 +174,6 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		debug:        strings.EqualFold(env("AZURE_LOG_LEVEL"), "debug"),
 		notifySocket: env("NOTIFY_SOCKET"),
 	}
-	cfg.hosts = listenHosts(cfg.host)
 	var err error
 	if cfg.target, err = parseTarget(env("TARGET_URL")); err != nil {
 		return nil, fmt.Errorf("TARGET_URL: %w", err)
@@ -206,7 +204,6 @@ func loadConfig(getenv func(string) string) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	cfg.endpoint.debug = cfg.debug
 	// Elsewhere every user of the host can as a rule ask the endpoint as well.
 	// If its operator bars some from it, the port must have a key too: the log
 	// says who may use it.
@@ -233,12 +230,12 @@ func listenHosts(host string) []string {
 	return []string{"127.0.0.1"}
 }
 
-// listen opens a socket for each of cfg.hosts. With PORT=0 the first one finds
+// listen opens a socket for each of listenHosts. With PORT=0 the first one finds
 // a free port, and the other takes the same.
 func listen(cfg *config) ([]net.Listener, error) {
 	var listeners []net.Listener
 	port := cfg.port
-	for _, host := range cfg.hosts {
+	for _, host := range listenHosts(cfg.host) {
 		network := "tcp"
 		if net.ParseIP(host).To4() != nil {
 			network = "tcp4" // with tcp, 0.0.0.0 would mean every IPv6 address too
@@ -294,7 +291,7 @@ type service struct {
 }
 
 func newService(cfg *config) *service {
-	tokens := newTokenSource(cfg.endpoint)
+	tokens := newTokenSource(cfg.endpoint, cfg.debug)
 	s := &service{
 		cfg:       cfg,
 		tokens:    tokens,
@@ -469,7 +466,7 @@ func check(cfg *config, problem error, out io.Writer) error {
 		return fail("settings", problem.Error(), "", "")
 	}
 	ok("settings", "TARGET_URL is %s; to listen on port %s of %s, which is not tried; %s",
-		cfg.target.base, cfg.port, cfg.hosts, cfg.whoMayUseIt())
+		cfg.target.base, cfg.port, listenHosts(cfg.host), cfg.whoMayUseIt())
 	ok("identity", "tokens for %s come from %s", cfg.scope, cfg.endpoint)
 
 	// Get a token, as the running program does.
