@@ -1,22 +1,19 @@
 package main
 
-// The tests of imds.go: first fakes and helpers, then the token source, the
-// endpoint, one fetch, parsing, and last the fuzz targets. The log, the upstream
-// and the program that they use are in forward_test.go.
+// The tests of imds.go: first fakes and helpers, then the token source, the endpoint, one fetch,
+// parsing, and last the fuzz targets. The log, the upstream and the program that they use are in
+// forward_test.go.
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
 	"io"
-	"math/rand"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,8 +23,8 @@ import (
 
 // Fakes and helpers.
 
-// fakeIdentity is an identity endpoint on a loopback address that gives token-1,
-// token-2 and so on, each for an hour, and counts what it is asked.
+// fakeIdentity is an identity endpoint on a loopback address that gives token-1, token-2 and so on,
+// each for an hour, and counts what it is asked.
 type fakeIdentity struct {
 	*httptest.Server
 	fetches atomic.Int64
@@ -55,13 +52,6 @@ func (f *fakeIdentity) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // answerWith makes f answer by handler from now on; nil is to give tokens.
 func (f *fakeIdentity) answerWith(handler http.HandlerFunc) { f.answer.Store(&handler) }
 
-// gave tells whether f gave the token in an Authorization header.
-func (f *fakeIdentity) gave(authorization string) bool {
-	number, ok := strings.CutPrefix(authorization, "Bearer token-")
-	n, err := strconv.ParseInt(number, 10, 64)
-	return ok && err == nil && n <= f.fetches.Load()
-}
-
 func (f *fakeIdentity) wantFetches(t testing.TB, want int64) {
 	t.Helper()
 	if got := f.fetches.Load(); got != want {
@@ -69,8 +59,8 @@ func (f *fakeIdentity) wantFetches(t testing.TB, want int64) {
 	}
 }
 
-// tokenAnswer gives a token for exactly life. What IMDS has more, an expires_on, might
-// be a second off.
+// tokenAnswer gives a token for exactly life. What IMDS has more, an expires_on, might be a second
+// off.
 func tokenAnswer(token string, life time.Duration) string {
 	return fmt.Sprintf(`{"access_token":%q,"expires_in":"%d","token_type":"Bearer",`+
 		`"resource":"https://cognitiveservices.azure.com"}`, token, int(life.Seconds()))
@@ -89,19 +79,19 @@ func giveLater(token string) (answer http.HandlerFunc, arrived, release chan str
 	}, arrived, release
 }
 
-// refuse answers with status and body, and a Retry-After unless that is empty.
-func refuse(status int, retryAfter, body string) http.HandlerFunc {
+// answer answers with status and body, and with a header of names and values.
+func answer(status int, body string, header ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
-		if retryAfter != "" {
-			w.Header().Set("Retry-After", retryAfter)
+		for i := 0; i < len(header); i += 2 {
+			w.Header().Set(header[i], header[i+1])
 		}
 		w.WriteHeader(status)
 		io.WriteString(w, body)
 	}
 }
 
-// answerRaw answers with the bytes of text and hangs up. Before that it reads a
-// small body, as closing a connection with unread bytes would reset it.
+// answerRaw answers with the bytes of text and hangs up. Before that it reads a small body, as
+// closing a connection with unread bytes would reset it.
 func answerRaw(text string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if 0 < r.ContentLength && r.ContentLength <= 64<<10 {
@@ -194,28 +184,18 @@ const (
 
 // chooseEndpoint chooses the endpoint for env as the program does.
 func chooseEndpoint(env string, arc arcFiles) (*endpoint, error) {
-	set := make(vars)
-	for _, field := range strings.Fields(env) {
-		name, value, _ := strings.Cut(field, "=")
-		set[name] = value
-	}
-	return newEndpoint(func(name string) string { return set[name] },
-		"https://cognitiveservices.azure.com/.default", arc)
+	return newEndpoint(parseVars(env, " ").get, "https://cognitiveservices.azure.com/.default", arc)
 }
 
-// newTestEndpoint returns the endpoint for env, and its clock. Azure Arc's keys
-// are in keys.
+// newTestEndpoint returns the endpoint for env, and its clock. Azure Arc's keys are in keys.
 func newTestEndpoint(t testing.TB, f *fakeIdentity, env, keys string) (*endpoint, *fakeClock) {
 	t.Helper()
 	e, err := chooseEndpoint(strings.ReplaceAll(env, "URL", f.URL), arcFiles{"/nowhere", keys})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &fakeClock{
-		time:   time.Unix(noon, 0).UTC(),
-		pauses: make(chan fakeTimer, 99),
-		waits:  make(chan fakeTimer, 999),
-	}
+	c := &fakeClock{time: time.Unix(noon, 0).UTC(), pauses: make(chan fakeTimer, 99),
+		waits: make(chan fakeTimer, 999)}
 	e.now = c.now
 	return e, c
 }
@@ -229,8 +209,7 @@ type testTokens struct {
 	stop func() // ends run, and waits for that
 }
 
-// newTestTokens starts a token source whose endpoint answers by handler. Its test must
-// end soon.
+// newTestTokens starts a token source whose endpoint answers by handler. Its test must end soon.
 func newTestTokens(t testing.TB, handler http.HandlerFunc) *testTokens {
 	t.Helper()
 	hangs := time.AfterFunc(safetyNet, func() { panic(t.Name() + " hangs") })
@@ -254,8 +233,8 @@ func newTestTokens(t testing.TB, handler http.HandlerFunc) *testTokens {
 	return s
 }
 
-// pass lets the time of the last pause pass, which the token source must be in. The
-// endpoint answers by next from then on.
+// pass lets the time of the last pause pass, which the token source must be in. The endpoint
+// answers by next from then on.
 func (s *testTokens) pass(next http.HandlerFunc) {
 	s.answerWith(next)
 	s.pause.fires <- s.advance(s.pause.d)
@@ -281,8 +260,8 @@ func (s *testTokens) want(t testing.TB, want string) {
 	}
 }
 
-// waiting begins a request that has to wait, and returns when it does. late fires when
-// it has waited for 20 s.
+// waiting begins a request that has to wait, and returns when it does. late fires when it has
+// waited for 20 s.
 func (s *testTokens) waiting() (request chan string, late chan<- time.Time) {
 	request = make(chan string, 1)
 	go func() { request <- s.ask(context.Background()) }()
@@ -343,9 +322,9 @@ func TestTokenServedWhileRefreshHangs(t *testing.T) {
 }
 
 func TestTokenServedWhileRefreshFails(t *testing.T) {
-	s := newTestTokens(t, refuse(200, "", tokenAnswer("token", 100*time.Second)))
+	s := newTestTokens(t, answer(200, tokenAnswer("token", 100*time.Second)))
 	s.wantPause(t, 80*time.Second)
-	refusal := refuse(400, "7", noIdentity)
+	refusal := answer(400, noIdentity, "Retry-After", "7")
 	for _, pause := range []time.Duration{7, 7, 6} { // the last is what is left of the life
 		s.pass(refusal)
 		s.wantPause(t, pause*time.Second)
@@ -363,16 +342,6 @@ func TestTokenServedWhileRefreshFails(t *testing.T) {
 	s.want(t, "token-6")
 }
 
-func TestRefreshNeedsNoRequest(t *testing.T) {
-	s := newTestTokens(t, nil)
-	for range 2 {
-		s.wantPause(t, untilRefresh)
-		s.pass(refuse(500, "", ""))
-		s.wantPause(t, firstPause) // each time, as a success ends a row of failures
-		s.pass(nil)
-	}
-}
-
 func TestPausesAfterFailuresInARow(t *testing.T) {
 	for _, tt := range []struct{ name, retryAfter, want string }{
 		{"doubled, and a minute more as nobody asks", "", "0.8s 1.6s 3.2s 6.4s 10s 1m 10s 1m"},
@@ -383,7 +352,7 @@ func TestPausesAfterFailuresInARow(t *testing.T) {
 		{"negative Retry-After", "-30", "0.8s 1.6s"},
 		{"endless Retry-After", "Inf", "0.8s 1.6s"},
 	} {
-		refusal := refuse(500, tt.retryAfter, "")
+		refusal := answer(500, "", "Retry-After", tt.retryAfter)
 		s := newTestTokens(t, refusal)
 		for _, text := range strings.Fields(tt.want) {
 			pause, _ := time.ParseDuration(text)
@@ -393,10 +362,10 @@ func TestPausesAfterFailuresInARow(t *testing.T) {
 	}
 }
 
-// TestFailingStartCostsTimeAndNoError: a request shortens no pause, and gets the
-// token of the try that succeeds.
+// TestFailingStartCostsTimeAndNoError: a request shortens no pause, and gets the token of the try
+// that succeeds.
 func TestFailingStartCostsTimeAndNoError(t *testing.T) {
-	s := newTestTokens(t, refuse(500, "", ""))
+	s := newTestTokens(t, answer(500, ""))
 	var requests []chan string
 	for i, pause := range []time.Duration{800, 1600, 3200, 6400, 10_000, 10_000} {
 		s.wantPause(t, pause*time.Millisecond)
@@ -407,7 +376,7 @@ func TestFailingStartCostsTimeAndNoError(t *testing.T) {
 			s.pass(nil)
 			break
 		}
-		s.pass(refuse(500, "", ""))
+		s.pass(answer(500, ""))
 		if i == 4 {
 			s.wantPause(t, idlePause) // which the requests end at once
 		}
@@ -417,29 +386,19 @@ func TestFailingStartCostsTimeAndNoError(t *testing.T) {
 	}
 }
 
-func TestRequestWakesAnIdleSource(t *testing.T) {
-	s := newTestTokens(t, refuse(500, "10", ""))
-	s.wantPause(t, maxPause)
-	s.pass(nil)
-	s.wantPause(t, idlePause)
-	s.wantFetches(t, 1)
-	request, _ := s.waiting()
-	wantAnswer(t, request, "token-2")
-}
-
 func TestRequestGetsTheLastFailureAfter20Seconds(t *testing.T) {
-	s := newTestTokens(t, refuse(500, "", "first"))
+	s := newTestTokens(t, answer(500, "first"))
 	s.wantPause(t, firstPause)
 	request, late := s.waiting()
 	<-s.asked // by that request
-	s.pass(refuse(500, "", "second"))
+	s.pass(answer(500, "second"))
 	<-s.asked // again, so it has seen the second failure
 	late <- time.Time{}
 	wantAnswer(t, request, "second")
 }
 
 func TestLastingRefusalIsAnsweredAtOnceUntilTheNextTry(t *testing.T) {
-	s := newTestTokens(t, refuse(400, "", noIdentity))
+	s := newTestTokens(t, answer(400, noIdentity))
 	s.wantPause(t, firstPause)
 	s.want(t, "Identity not found")
 	s.advance(firstPause - 1)
@@ -455,7 +414,7 @@ func TestLastingRefusalIsAnsweredAtOnceUntilTheNextTry(t *testing.T) {
 
 func TestRequestDoesNotWaitForATryTooFarAway(t *testing.T) {
 	for retryAfter, waits := range map[string]bool{"60": false, "20.5": false, "19.5": true} {
-		s := newTestTokens(t, refuse(429, retryAfter, ""))
+		s := newTestTokens(t, answer(429, "", "Retry-After", retryAfter))
 		pause, _ := parseSeconds(retryAfter)
 		s.wantPause(t, pause)
 		if !waits {
@@ -498,8 +457,8 @@ func TestRejectedTokenIsDueAtMostOncePer30Seconds(t *testing.T) {
 	}
 }
 
-// TestClockThatIsSetLeavesNobodyWithoutAToken: on a host that slept, the clock looks
-// as if it had been set forth, while timers stood still.
+// TestClockThatIsSetLeavesNobodyWithoutAToken: on a host that slept, the clock looks as if it had
+// been set forth, while timers stood still.
 func TestClockThatIsSetLeavesNobodyWithoutAToken(t *testing.T) {
 	for _, by := range []time.Duration{72 * time.Hour, -72 * time.Hour} {
 		// While a token is held, which looks expired or young then.
@@ -517,7 +476,7 @@ func TestClockThatIsSetLeavesNobodyWithoutAToken(t *testing.T) {
 		s.want(t, "token-2")
 
 		// In a pause, which stays as long as it was.
-		s.pass(refuse(500, "", ""))
+		s.pass(answer(500, ""))
 		s.wantPause(t, firstPause)
 		s.advance(by)
 		s.pass(nil)
@@ -568,15 +527,15 @@ func TestTokenSourceEndsWithoutAWord(t *testing.T) {
 
 func TestEachFailedTryAndTheFirstTokenAreOneLineEach(t *testing.T) {
 	const jwt = "e30.eyJvaWQiOiJvMSJ9.c2ln" // its claims are {"oid":"o1"}
-	s := newTestTokens(t, refuse(400, "", noIdentity))
+	s := newTestTokens(t, answer(400, noIdentity))
 	for _, step := range []struct {
 		pause time.Duration
 		next  http.HandlerFunc
 	}{
-		{firstPause, refuse(503, "3600", "is\nbusy")},
+		{firstPause, answer(503, "is\nbusy", "Retry-After", "3600")},
 		{maxRetryAfter, nil}, // and no try, as nobody asks
-		{idlePause, refuse(200, "", tokenAnswer(jwt, time.Hour))},
-		{untilRefresh, refuse(500, "", "")},
+		{idlePause, answer(200, tokenAnswer(jwt, time.Hour))},
+		{untilRefresh, answer(500, "")},
 		{firstPause, nil},
 		{untilRefresh, nil},
 	} {
@@ -603,14 +562,6 @@ func TestEachFailedTryAndTheFirstTokenAreOneLineEach(t *testing.T) {
 	}
 }
 
-func TestHeldTokenAllocatesNothing(t *testing.T) {
-	s, ctx := newTestTokens(t, nil), context.Background()
-	s.wantPause(t, untilRefresh)
-	if got := testing.AllocsPerRun(1000, func() { s.await(ctx) }); got != 0 {
-		t.Errorf("got %v allocations, want 0", got)
-	}
-}
-
 // The endpoint.
 
 func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
@@ -624,6 +575,7 @@ func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 		ml     = "MSI_ENDPOINT=https://127.0.0.1/ml MSI_SECRET=s "
 		shell  = "MSI_ENDPOINT=http://127.0.0.1/cs/ "
 		arc    = "IDENTITY_ENDPOINT=http://127.0.0.1/arc IMDS_ENDPOINT=http://127.0.0.1 "
+		relay  = "AZURE_POD_IDENTITY_AUTHORITY_HOST="
 		noPair = "AZURE_FEDERATED_TOKEN_FILE: set AZURE_TENANT_ID and AZURE_CLIENT_ID too"
 
 		isAKS   = ", as AZURE_FEDERATED_TOKEN_FILE is set: "
@@ -637,8 +589,8 @@ func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 	for _, tt := range []struct{ name, env, want string }{
 		{"AKS", aks + app + agent, "workload identity at login.microsoftonline.com" + isAKS +
 			"https://login.microsoftonline.com/t/oauth2/v2.0/token"},
-		{"other cloud", aks + "AZURE_AUTHORITY_HOST=https://login.example/",
-			"workload identity at login.example" + isAKS + "https://login.example/t/oauth2/"},
+		{"other cloud", aks + "AZURE_AUTHORITY_HOST=https://b.example/",
+			"workload identity at b.example" + isAKS + "https://b.example/t/oauth2/"},
 		{"on this host", aks + "AZURE_AUTHORITY_HOST=http://LOCALHOST:9 AZURE_TENANT_ID=a/b",
 			"workload identity at LOCALHOST:9" + isAKS + "http://LOCALHOST:9/a%2Fb/oauth2/"},
 		{"App Service, which sets both", app + ml, isApp + ": http://127.0.0.1/app"},
@@ -646,22 +598,20 @@ func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 		{"Azure ML before Arc", ml + arc + agent, isML + ": https://127.0.0.1/ml"},
 		{"Cloud Shell before Arc", shell + arc + agent, isShell},
 		{"Arc", arc, isArc + ": http://127.0.0.1/arc"},
-		{"Arc by its agent", agent, "Azure Arc at 127.0.0.1:40342, as IMDS_ENDPOINT is set, or " + himds + " exists: " +
-			"http://127.0.0.1:40342/metadata/identity/oauth2/token"},
+		{"Arc by its agent", agent, "Azure Arc at 127.0.0.1:40342, as IMDS_ENDPOINT is set, or " +
+			himds + " exists: http://127.0.0.1:40342/metadata/identity/oauth2/token"},
 		{"Container Instance", "IDENTITY_HEADER=s IDENTITY_SERVER_THUMBPRINT=p", isIMDS},
 		{"endpoint alone", "IDENTITY_ENDPOINT=http://127.0.0.1 MSI_SECRET=s", isIMDS},
 		{"empty is unset", "IDENTITY_ENDPOINT= IDENTITY_HEADER= MSI_ENDPOINT=", isIMDS},
-		{"relay", "AZURE_POD_IDENTITY_AUTHORITY_HOST=http://127.0.0.1:9//",
-			"IMDS at 127.0.0.1:9, as no variable names another: http://127.0.0.1:9/metadata/"},
+		{"relay", relay + "http://[::1]:9//", "IMDS at [::1]:9, as no variable names another: " +
+			"http://[::1]:9/metadata/"},
 
 		{"Service Fabric", fabric, "IDENTITY_SERVER_THUMBPRINT: Service Fabric is not supported"},
 		{"Cloud Shell, user-assigned", shell + "AZURE_CLIENT_ID=c", "AZURE_CLIENT_ID: unset it"},
 		{"AKS, no tenant", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_CLIENT_ID=c", noPair},
 		{"AKS, no client", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t", noPair},
-		{"authority in the clear", aks + "AZURE_AUTHORITY_HOST=http://login.example",
-			"AZURE_AUTHORITY_HOST: want https"},
-		{"no scheme", "AZURE_POD_IDENTITY_AUTHORITY_HOST=169.254.169.254",
-			"AZURE_POD_IDENTITY_AUTHORITY_HOST: want a URL such as http://169.254.169.254"},
+		{"in the clear", aks + "AZURE_AUTHORITY_HOST=http://b", "AZURE_AUTHORITY_HOST: want https"},
+		{"no scheme", relay + "169.254.169.254", "AZURE_POD_IDENTITY_AUTHORITY_HOST: want"},
 		{"other scheme", "MSI_ENDPOINT=ftp://127.0.0.1", "MSI_ENDPOINT: want a URL such as http:"},
 		{"no host", "MSI_ENDPOINT=http://:80/s3cret", "MSI_ENDPOINT: want a URL such as http:"},
 		{"no URL", arc + "IDENTITY_ENDPOINT=http://%zz", "IDENTITY_ENDPOINT: want a URL such as"},
@@ -692,10 +642,12 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 			"urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&client_id=c1&" +
 			"grant_type=client_credentials&" +
 			"scope=https%3A%2F%2Fcognitiveservices.azure.com%2F.default"
-		imds = "GET /metadata/identity/oauth2/token?api-version=2018-02-01&"
-		app  = "api-version=2019-08-01&" + end + " X-Identity-Header: s3cret"
-		ml   = "GET /ml?api-version=2017-09-01&"
-		arc  = "GET /arc?api-version=2020-06-01&"
+		imds  = "GET /metadata/identity/oauth2/token?api-version=2018-02-01&"
+		app   = "api-version=2019-08-01&" + end + " X-Identity-Header: s3cret"
+		ml    = "GET /ml?api-version=2017-09-01&"
+		mlEnd = end + " Secret: s3cret"
+		ofML  = " DEFAULT_IDENTITY_CLIENT_ID=c2"
+		arc   = "GET /arc?api-version=2020-06-01&"
 	)
 	vary := map[string]bool{"User-Agent": true, "Content-Length": true} // which is not shown
 	file := filepath.Join(t.TempDir(), "federated")
@@ -705,11 +657,9 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 		{"IMDS, user-assigned", imdsEnv + id, imds + "client_id=c1&" + end},
 		{"App Service", appServiceEnv, "GET /msi?" + app},
 		{"query", "IDENTITY_ENDPOINT=URL/msi?a=b IDENTITY_HEADER=s3cret", "GET /msi?a=b&" + app},
-		{"Azure ML", mlEnv, ml + end + " Secret: s3cret"},
-		{"Azure ML, user-assigned", mlEnv + id + " DEFAULT_IDENTITY_CLIENT_ID=c2",
-			ml + "clientid=c1&" + end + " Secret: s3cret"},
-		{"Azure ML, its default", mlEnv + " DEFAULT_IDENTITY_CLIENT_ID=c2",
-			ml + "clientid=c2&" + end + " Secret: s3cret"},
+		{"Azure ML", mlEnv, ml + mlEnd},
+		{"Azure ML, user-assigned", mlEnv + id + ofML, ml + "clientid=c1&" + mlEnd},
+		{"Azure ML, its default", mlEnv + ofML, ml + "clientid=c2&" + mlEnd},
 		{"Cloud Shell", "MSI_ENDPOINT=URL/cs", "POST /cs?" + form + resource},
 		{"Azure Arc", arcEnv,
 			arc + end + " " + arc + strings.Replace(end, " ", " Authorization: Basic the key ", 1)},
@@ -740,8 +690,8 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 	}
 }
 
-// TestProxyOfTheEnvironmentIsForTLSOnly: who is asked in the clear is on this host or its
-// link. Go itself makes an exception of localhost, but not of its name in upper case.
+// TestProxyOfTheEnvironmentIsForTLSOnly: who is asked in the clear is on this host or its link. Go
+// itself makes an exception of localhost, but not of its name in upper case.
 func TestProxyOfTheEnvironmentIsForTLSOnly(t *testing.T) {
 	asked := make(chan string, 9)
 	relay := newUpstream(t, func(w http.ResponseWriter, r *http.Request) {
@@ -749,9 +699,8 @@ func TestProxyOfTheEnvironmentIsForTLSOnly(t *testing.T) {
 		w.WriteHeader(407)
 	})
 	imds := strings.Replace(newFakeIdentity(t).URL, "127.0.0.1", "LOCALHOST", 1)
-	env := vars{"TARGET_URL": nobody, "PORT": "0", "HOST": "127.0.0.1", "AZURE_LOG_LEVEL": "debug",
-		"HTTP_PROXY": relay.URL, "HTTPS_PROXY": relay.URL,
-		"AZURE_POD_IDENTITY_AUTHORITY_HOST": imds}
+	env := serving(nobody, imds, vars{"AZURE_LOG_LEVEL": "debug", "HTTP_PROXY": relay.URL,
+		"HTTPS_PROXY": relay.URL})
 	startProgram(t, safetyNet, env).stderr.waitFor(t, "token ready: ")
 
 	env["AZURE_FEDERATED_TOKEN_FILE"], _ = filepath.Abs("go.mod")
@@ -767,18 +716,13 @@ func TestFederatedTokenIsReadAnewForEachExchange(t *testing.T) {
 	f := newFakeIdentity(t)
 	file := filepath.Join(t.TempDir(), "federated")
 	e, _ := newTestEndpoint(t, f, workloadEnv+file, "")
-	assertions := make(chan string, 1)
-	f.answerWith(func(w http.ResponseWriter, r *http.Request) {
-		assertions <- r.FormValue("client_assertion")
-		io.WriteString(w, tokenAnswer("token", time.Hour))
+	f.answerWith(func(w http.ResponseWriter, r *http.Request) { // with the assertion as token
+		io.WriteString(w, tokenAnswer(r.FormValue("client_assertion"), time.Hour))
 	})
 	for _, want := range []string{"first", "second"} {
 		writeFile(t, file, want)
-		if _, failure := e.fetch(context.Background()); failure != nil {
-			t.Fatal(failure)
-		}
-		if got := <-assertions; got != want {
-			t.Errorf("got %q, want %q", got, want)
+		if got, failure := e.fetch(context.Background()); got.authorization != "Bearer "+want {
+			t.Errorf("got %v, %v; want %q", got, failure, want)
 		}
 	}
 	os.Remove(file)
@@ -790,43 +734,38 @@ func TestFederatedTokenIsReadAnewForEachExchange(t *testing.T) {
 	f.wantFetches(t, 2)
 }
 
-func TestArcKeyIsReadFromItsDirectoryOnly(t *testing.T) {
+// TestArcKeyIsShown, if it is where Azure Arc's agent puts it. FuzzChallenge has what is elsewhere.
+func TestArcKeyIsShown(t *testing.T) {
 	f := newFakeIdentity(t)
-	keys, outside := t.TempDir(), t.TempDir()
+	keys := t.TempDir()
 	e, _ := newTestEndpoint(t, f, arcEnv, keys)
 	locked := filepath.Join(keys, "locked.key")
-	for _, name := range []string{keys + "/a.key", keys + "/a.txt", outside + "/a.key", locked} {
-		writeFile(t, name, "the key\r\n")
-	}
+	writeFile(t, filepath.Join(keys, "a.key"), "the key\r\n")
+	writeFile(t, locked, "the key")
 	if err := os.Chmod(locked, 0); err != nil {
 		t.Fatal(err)
 	}
-	const unnamed = "it does not name a .key file in "
-	for _, tt := range []struct{ name, challenge, want string }{
-		{"right", "Basic realm=DIR/a.key", ""},
-		{"not readable", "Basic realm=DIR/locked.key", "locked.key: permission denied"},
-		{"missing", "Basic realm=DIR/none.key", "none.key: "},
-		{"other extension", "Basic realm=DIR/a.txt", unnamed},
-		{"elsewhere", "Basic realm=" + outside + "/a.key", unnamed},
+	for name, want := range map[string]string{
+		"a.key": "", "none.key": "none.key: ", "locked.key": "locked.key: permission denied",
+		"a.txt": "it does not name a .key file in ",
 	} {
-		if tt.name == "not readable" && (os.Geteuid() == 0 || runtime.GOOS == "windows") {
+		isLocked := name == "locked.key"
+		if isLocked && (os.Geteuid() == 0 || runtime.GOOS == "windows") {
 			continue // root reads all, and Windows has other permissions
 		}
 		shown := make(chan string, 2)
-		challenge := strings.ReplaceAll(tt.challenge, "DIR", keys)
-		f.answerWith(arcAgent(filepath.FromSlash(challenge), shown))
+		f.answerWith(arcAgent("Basic realm="+filepath.Join(keys, name), shown))
 		_, failure := e.fetch(context.Background())
 		close(shown)
 		key := <-shown
-		good := failure == nil && key == "Basic the key"
-		if tt.want != "" {
-			good = failure != nil && failure.lasting && key == "" &&
-				strings.Contains(failure.text, "sent a challenge that cannot be met: ") &&
-				strings.Contains(failure.text, tt.want) &&
-				strings.Contains(failure.hint, "himds") == (tt.name == "not readable")
+		if want == "" && (failure != nil || key != "Basic the key") {
+			t.Errorf("%s: got %v, and showed %q", name, failure, key)
 		}
-		if !good {
-			t.Errorf("%s: got %v, and showed %q; want %q", tt.name, failure, key, tt.want)
+		const cannot = "sent a challenge that cannot be met: "
+		if want != "" && (failure == nil || !failure.lasting || key != "" ||
+			!strings.Contains(failure.text, cannot) || !strings.Contains(failure.text, want) ||
+			strings.Contains(failure.hint, "himds") != isLocked) {
+			t.Errorf("%s: got %v, and showed %q; want %q", name, failure, key, want)
 		}
 	}
 }
@@ -836,17 +775,17 @@ func TestArcAgentThatFailsAfterItsChallenge(t *testing.T) {
 	f, keys := newFakeIdentity(t), t.TempDir()
 	e, _ := newTestEndpoint(t, f, arcEnv, keys)
 	writeFile(t, keys+"/a.key", "the key")
-	for _, answer := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"} {
+	for _, second := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"} {
 		f.answerWith(func(w http.ResponseWriter, r *http.Request) {
 			if r.Header.Get("Authorization") != "" {
-				answerRaw(answer)(w, r)
+				answerRaw(second)(w, r)
 				return
 			}
 			arcAgent("Basic realm="+filepath.Join(keys, "a.key"), nil)(w, r)
 		})
 		_, failure := e.fetch(context.Background())
-		if failure == nil || failure.lasting || !strings.Contains(failure.text, "gave no answer: ") {
-			t.Errorf("%q: got %v", answer, failure)
+		if failure == nil || failure.lasting || !strings.Contains(failure.text, "no answer: ") {
+			t.Errorf("%q: got %v", second, failure)
 		}
 	}
 }
@@ -854,11 +793,10 @@ func TestArcAgentThatFailsAfterItsChallenge(t *testing.T) {
 // One fetch.
 
 // fetch asks f as the endpoint for env, on whose host it is noon.
-func (f *fakeIdentity) fetch(t testing.TB, env string, answer http.HandlerFunc) (
-	token, *fetchError) {
+func (f *fakeIdentity) fetch(t testing.TB, env string, by http.HandlerFunc) (token, *fetchError) {
 	t.Helper()
 	e, _ := newTestEndpoint(t, f, env, "/nowhere")
-	f.answerWith(answer)
+	f.answerWith(by)
 	return e.fetch(context.Background())
 }
 
@@ -874,16 +812,15 @@ func endless(head string) http.HandlerFunc {
 
 func TestFailureIsToldAndLastsOrPasses(t *testing.T) {
 	const (
-		id      = " AZURE_CLIENT_ID=c1"
+		lasts   = "lasting: answered "
+		gone    = "passing: gave no answer: "
 		assign  = "; hint: assign a managed identity to this host, or correct AZURE_CLIENT_ID"
 		several = "Multiple user assigned identities exist"
-		docker  = "A socket operation was attempted to an unreachable network."
 		ok      = "HTTP/1.1 200 OK\r\n"
-		away    = "HTTP/1.1 307 Elsewhere\r\nLocation: /\r\n\r\n"
 	)
 	success := tokenAnswer("LEAK", time.Hour)
 	switches := func(w http.ResponseWriter, _ *http.Request) {
-		conn, _ := acceptTunnel(t, w)
+		conn := acceptTunnel(t, w)
 		t.Cleanup(func() { conn.Close() })
 	}
 	for _, tt := range []struct {
@@ -891,38 +828,35 @@ func TestFailureIsToldAndLastsOrPasses(t *testing.T) {
 		answer    http.HandlerFunc
 		want      string
 	}{
-		{"no identity", imdsEnv, refuse(400, "", noIdentity),
-			"lasting: answered 400: " + noIdentity + assign},
-		{"wrong client id", imdsEnv + id, refuse(400, "", noIdentity),
-			"lasting: answered 400: " + noIdentity + " (client id c1)" + assign},
-		{"several identities", imdsEnv, refuse(400, "", several), "lasting: answered 400: " +
-			several + "; hint: set AZURE_CLIENT_ID to the client id of one of them"},
-		{"wrong resource", imdsEnv, refuse(400, "", "AADSTS500011: none"),
-			"lasting: answered 400: AADSTS500011: none; hint: correct AZURE_OPENAI_SCOPE"},
-		{"wrong issuer", workloadEnv + "go.mod", refuse(401, "", "AADSTS700211: no"),
-			"lasting: answered 401: AADSTS700211: no (client id c1); hint: the federated cred"},
-		{"Docker Desktop", imdsEnv, refuse(403, "", docker),
-			"lasting: answered 403: " + docker + "; hint: this is not an Azure host"},
+		{"no identity", imdsEnv, answer(400, noIdentity), lasts + "400: " + noIdentity + assign},
+		{"wrong client id", imdsEnv + " AZURE_CLIENT_ID=c1", answer(400, noIdentity),
+			lasts + "400: " + noIdentity + " (client id c1)" + assign},
+		{"several identities", imdsEnv, answer(400, several),
+			lasts + "400: " + several + "; hint: set AZURE_CLIENT_ID to the client id of one"},
+		{"wrong resource", imdsEnv, answer(400, "AADSTS500011: no"),
+			lasts + "400: AADSTS500011: no; hint: correct AZURE_OPENAI_SCOPE"},
+		{"wrong issuer", workloadEnv + "go.mod", answer(401, "AADSTS700211: no"),
+			lasts + "401: AADSTS700211: no (client id c1); hint: the federated credential"},
+		{"Docker Desktop", imdsEnv, answer(403, "an unreachable network."),
+			lasts + "403: an unreachable network.; hint: this is not an Azure host"},
 
-		{"404 of IMDS", imdsEnv, refuse(404, "", "updating"), "passing: answered 404: updating"},
-		{"410 of IMDS", imdsEnv, refuse(410, "", ""), "passing: answered 410: "},
-		{"404 of App Service", appServiceEnv, refuse(404, "", ""), "lasting: answered 404: "},
-		{"410 of Azure Arc", arcEnv, refuse(410, "", ""), "lasting: answered 410: "},
-		{"408", appServiceEnv, refuse(408, "", ""), "passing: answered 408: "},
-		{"429", appServiceEnv, refuse(429, "", ""), "passing: answered 429: "},
-		{"500", appServiceEnv, refuse(500, "", ""), "passing: answered 500: "},
-		{"redirect", appServiceEnv, answerRaw(away), "lasting: answered 307: "},
+		{"404 of IMDS", imdsEnv, answer(404, "updating"), "passing: answered 404: updating"},
+		{"410 of IMDS", imdsEnv, answer(410, ""), "passing: answered 410: "},
+		{"404 of App Service", appServiceEnv, answer(404, ""), lasts + "404: "},
+		{"410 of Azure Arc", arcEnv, answer(410, ""), lasts + "410: "},
+		{"408", appServiceEnv, answer(408, ""), "passing: answered 408: "},
+		{"429", appServiceEnv, answer(429, ""), "passing: answered 429: "},
+		{"500", appServiceEnv, answer(500, ""), "passing: answered 500: "},
+		{"redirect", appServiceEnv, answer(307, "", "Location", "/"), lasts + "307: "},
 
-		{"201", imdsEnv, refuse(201, "", success), "lasting: answered 201: "},
-		{"299", imdsEnv, refuse(299, "", success), "lasting: answered 299: "},
-		{"101, with no end", imdsEnv, switches, "passing: gave no answer: unexpected status 101"},
-		{"hang-up", imdsEnv, answerRaw(""), "passing: gave no answer: "},
-		{"cut off", imdsEnv, answerRaw(ok + "Content-Length: 99\r\n\r\nLEAK"),
-			"passing: gave no answer: unexpected EOF"},
-		{"no HTTP", imdsEnv, answerRaw("LEAK\r\n\r\n"),
-			"passing: gave no answer: the answer is not HTTP; hint: does this host have it?"},
+		{"201", imdsEnv, answer(201, success), lasts + "201: "},
+		{"299", imdsEnv, answer(299, success), lasts + "299: "},
+		{"101, with no end", imdsEnv, switches, gone + "unexpected status 101"},
+		{"hang-up", imdsEnv, answerRaw(""), gone},
+		{"cut off", imdsEnv, answerRaw(ok + "Content-Length: 9\r\n\r\nLEAK"), gone + "unexpected"},
+		{"no HTTP", imdsEnv, answerRaw("LEAK\r\n\r\n"), gone + "the answer is not HTTP; hint: d"},
 
-		{"endless refusal", imdsEnv, endless("HTTP/1.1 400 \r\n\r\n"), "lasting: answered 400: "},
+		{"endless refusal", imdsEnv, endless("HTTP/1.1 400 \r\n\r\n"), lasts + "400: "},
 		{"endless header", imdsEnv, endless(ok + "A: "), "server response headers exceeded"},
 	} {
 		f := newFakeIdentity(t)
@@ -953,97 +887,62 @@ func TestTryIsBoundedAndItsTokenLivesByTheWallClock(t *testing.T) {
 	}
 }
 
-// TestRepeatedTokenIsNotShown: a token opens nothing without its signature, which is
-// its end.
+// TestRepeatedTokenIsNotShown: a token opens nothing without its signature, which is its end.
 func TestRepeatedTokenIsNotShown(t *testing.T) {
-	random := rand.New(rand.NewSource(1))
-	part := func(bytes int) string {
-		b := make([]byte, bytes)
-		random.Read(b)
-		return base64.RawURLEncoding.EncodeToString(b)
-	}
-	signature := part(256) // of 342 characters, as that of RS256
-	held := part(27) + "." + part(840) + "." + signature
-	if len(held) != 1500 {
-		t.Fatalf("the token has %d bytes", len(held))
-	}
+	signature := strings.Repeat("s1gnature", 38) // of 342 characters, as that of RS256
+	held := "e30." + strings.Repeat("payload", 164) + "." + signature
 	const ok, crlf = "HTTP/1.1 200 OK\r\n", "\r\n\r\n"
-	for name, answer := range map[string]http.HandlerFunc{
-		"refusal":       refuse(400, "", held),
-		"long refusal":  refuse(500, "", strings.Repeat("x ", 100)+held),
-		"success":       refuse(201, "", held),
-		"unusable":      refuse(200, "", `{"access_token":"`+held+`","expires_on":"`+held+`"}`),
-		"Retry-After":   refuse(429, held, ""),
+	for name, reply := range map[string]http.HandlerFunc{
+		"refusal":       answer(400, held),
+		"long refusal":  answer(500, strings.Repeat("x ", 100)+held),
+		"success":       answer(201, held),
+		"unusable":      answer(200, `{"access_token":"`+held+`","expires_on":"`+held+`"}`),
+		"Retry-After":   answer(429, "", "Retry-After", held),
 		"status":        answerRaw("HTTP/1.1 " + held + crlf),
 		"status text":   answerRaw("HTTP/1.1 400 " + held + crlf),
 		"header line":   answerRaw(ok + held + crlf),
-		"header name":   answerRaw(ok + " " + held + ": a\r\n\r\n"),
 		"length":        answerRaw(ok + "Content-Length: " + held + crlf),
 		"second length": answerRaw(ok + "Content-Length: 1\r\nContent-Length: " + held + crlf),
 		"framing":       answerRaw(ok + "Transfer-Encoding: " + held + crlf),
 		"chunk":         answerRaw(ok + "Transfer-Encoding: chunked\r\n\r\n" + held + "\r\n"),
 		"redirect":      answerRaw("HTTP/1.1 302 Found\r\nLocation: " + held + crlf),
 	} {
-		s := newTestTokens(t, refuse(200, "", tokenAnswer(held, time.Hour)))
+		s := newTestTokens(t, answer(200, tokenAnswer(held, time.Hour)))
 		s.wantPause(t, untilRefresh)
-		s.pass(answer)
+		s.pass(reply)
 		s.wantPause(t, firstPause)
 		text := s.log.String() + s.failure.Error()
-		if strings.Count(text, "no new token: ") != 1 {
+		if strings.Count(text, "no new token: ") != 1 || strings.Contains(text, signature[:30]) {
 			t.Errorf("%s: got %s", name, text)
-		}
-		for i := range len(signature) - 29 {
-			if strings.Contains(text, signature[i:i+30]) {
-				t.Fatalf("%s: the signature is in %s", name, text)
-			}
 		}
 	}
 }
 
 // Parsing.
 
-// datedAnswer answers with body, and with a Date that is off from noon, or without one
-// if off is 0.
-func datedAnswer(off time.Duration, body string) http.HandlerFunc {
-	return func(w http.ResponseWriter, _ *http.Request) {
-		w.Header()["Date"] = nil
-		if off != 0 {
-			w.Header().Set("Date", time.Unix(noon, 0).Add(off).UTC().Format(http.TimeFormat))
-		}
-		io.WriteString(w, body)
-	}
-}
-
 func TestEveryFormOfExpiryIsRead(t *testing.T) {
-	for _, tt := range []struct {
-		name, fields string
-		off          time.Duration // of the endpoint's clock
-	}{
-		{"IMDS", `"expires_in":"3600","expires_on":"1772370000"`, 0},
-		{"numbers", `"expires_in":3600,"expires_on":1772370000`, 0},
-		{"Entra ID", `"expires_in":3600`, 0},
-		{"expires_in of an earlier issue", `"expires_in":86399,"expires_on":"1772370000"`, 0},
-		{"expires_in that ends earlier", `"expires_in":9,"expires_on":"1772370000"`, 0},
-		{"expires_in unreadable", `"expires_in":"soon","expires_on":"1772370000"`, 0},
-		{"2017 on Linux", `"expires_on":"03/01/2026 13:00:00 +00:00"`, 0},
-		{"2017 on Windows", `"expires_on":"3/1/2026 1:00:00 PM +00:00"`, 0},
-		{"another zone", `"expires_on":"3/1/2026 11:00:00 AM -02:00"`, 0},
-		{"US", `"expires_on":"03/01/2026 13:00:00"`, 0},
-		{"SQL", `"expires_on":"2026-03-01 13:00:00"`, 0},
-		{"ISO 8601 of .NET", `"expires_on":"2026-03-01T13:00:00.0000000+00:00"`, 0},
-		{"RFC 3339", `"expires_on":"2026-03-01T15:00:00+02:00"`, 0},
-		{"null beside a number", `"expires_on":null,"expires_in":3600`, 0},
-		{"empty beside a number", `"expires_on":"","expires_in":"3600"`, 0},
-		{"endpoint's clock ahead", `"expires_on":"1772377200"`, 2 * time.Hour},
-		{"endpoint's clock behind", `"expires_on":"1772362800"`, -2 * time.Hour},
-		{"expires_in needs no clock", `"expires_in":3600`, 2 * time.Hour},
-		{"refresh_in too late", `"expires_in":3600,"refresh_in":3600`, 0},
-		{"refresh_in too soon", `"expires_in":3600,"refresh_in":0`, 0},
-		{"refresh_in", `"expires_in":3600,"refresh_in":1800`, 0},
-		{"refresh_in as a string", `"expires_in":3600,"refresh_in":"1800"`, 0},
+	const ahead, behind = "Sun, 01 Mar 2026 14:00:00 GMT", "Sun, 01 Mar 2026 10:00:00 GMT"
+	for _, tt := range []struct{ name, fields, date string }{ // the date is the endpoint's
+		{"IMDS", `"expires_in":"3600","expires_on":"1772370000"`, ""},
+		{"Entra ID", `"expires_in":3600`, ""},
+		{"expires_in of an earlier issue", `"expires_in":86399,"expires_on":"1772370000"`, ""},
+		{"expires_in that ends earlier", `"expires_in":9,"expires_on":"1772370000"`, ""},
+		{"expires_in unreadable", `"expires_in":"soon","expires_on":"1772370000"`, ""},
+		{"2017 on Linux", `"expires_on":"03/01/2026 13:00:00 +00:00"`, ""},
+		{"2017 on Windows", `"expires_on":"3/1/2026 1:00:00 PM +00:00"`, ""},
+		{"US", `"expires_on":"03/01/2026 13:00:00"`, ""},
+		{"SQL", `"expires_on":"2026-03-01 13:00:00"`, ""},
+		{"ISO 8601 of .NET", `"expires_on":"2026-03-01T13:00:00.0000000+00:00"`, ""},
+		{"empty beside a number", `"expires_on":"","expires_in":"3600"`, ""},
+		{"endpoint's clock ahead", `"expires_on":"1772377200"`, ahead},
+		{"endpoint's clock behind", `"expires_on":"1772362800"`, behind},
+		{"expires_in needs no clock", `"expires_in":3600`, ahead},
+		{"refresh_in too late", `"expires_in":3600,"refresh_in":3600`, ""},
+		{"refresh_in too soon", `"expires_in":3600,"refresh_in":0`, ""},
+		{"refresh_in", `"expires_in":3600,"refresh_in":1800`, ""},
 	} {
-		answer := datedAnswer(tt.off, `{"access_token":"!~",`+tt.fields+`}`)
-		got, failure := newFakeIdentity(t).fetch(t, imdsEnv, answer)
+		got, failure := newFakeIdentity(t).fetch(t, imdsEnv,
+			answer(200, `{"access_token":"!~",`+tt.fields+`}`, "Date", tt.date))
 		refresh := int64(48 * 60)
 		if strings.Contains(tt.fields, "1800") {
 			refresh = 1800
@@ -1067,7 +966,6 @@ func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
 		{"empty expiry", `{"access_token":"LEAK","expires_on":"","expires_in":null}`, expiry},
 		{"expires_on unreadable", `{"access_token":"LEAK","expires_on":"LEAK` + in, expiry},
 		{"milliseconds", `{"access_token":"LEAK","expires_on":1772370000000}`, expiry},
-		{"boolean", `{"access_token":"LEAK","expires_on":true}`, expiry},
 		{"object", `{"access_token":"LEAK","expires_on":{"LEAK":1}}`, expiry},
 		{"negative", `{"access_token":"LEAK","expires_in":-1}`, expiry},
 		{"no number", `{"access_token":"LEAK","expires_in":"NaN"}`, expiry},
@@ -1075,8 +973,6 @@ func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
 		{"hardly a life", `{"access_token":"LEAK","expires_in":0.9}`, expired},
 		{"no token", `{"expires_in":3600,"id":"LEAK"}`, object},
 		{"empty token", `{"access_token":"` + in, object},
-		{"null", `null`, object},
-		{"token of a number", `{"access_token":1,"expires_in":3600}`, object},
 		{"web page", `<html>LEAK</html>`, object},
 		{"too large", `{"access_token":"` + strings.Repeat("LEAK", maxAnswer/4) + in, object},
 		{"line break", `{"access_token":"LEAK\r\nX-Forged: 1` + in, object},
@@ -1084,7 +980,7 @@ func TestUnusableAnswerIsAnErrorThatKeepsItToItself(t *testing.T) {
 		{"DEL", `{"access_token":"LEAK\u007f` + in, object},
 		{"not ASCII", `{"access_token":"LEAKé` + in, object},
 	} {
-		got, failure := newFakeIdentity(t).fetch(t, imdsEnv, datedAnswer(0, tt.body))
+		got, failure := newFakeIdentity(t).fetch(t, imdsEnv, answer(200, tt.body, "Date", ""))
 		if failure == nil || got != (token{}) || strings.Contains(failure.Error(), "LEAK") ||
 			!strings.Contains(failure.text, "answered 200 without a usable token: "+tt.want) ||
 			failure.lasting == (tt.want == expired) {
