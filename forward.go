@@ -240,18 +240,26 @@ func (f *forwarder) shown(prefix, target string) string {
 	if hasQuery {
 		text += "?" + cutCredentials(query)
 	}
-	if f.key != "" {
-		inPath, err := url.PathUnescape(text)
-		inQuery, err2 := url.QueryUnescape(text) // here a + is a space
-		if err != nil || err2 != nil || strings.Contains(inPath+"\n"+inQuery, f.key) {
-			return "(not shown, as EXPECTED_KEY may be in it)"
-		}
+	if f.key != "" && strings.Contains(text+"\n"+unescape(text)+"\n"+
+		unescape(strings.ReplaceAll(text, "+", " ")), f.key) {
+		return "(not shown, as EXPECTED_KEY is in it)"
 	}
 	if quoted := strconv.QuoteToASCII(text); quoted != `"`+text+`"` {
 		text = quoted
 	}
 	return cut(text, maxShown)
 }
+
+// unescape decodes the percent-escapes of a text, and leaves wrong ones as they
+// are.
+func unescape(text string) string {
+	return escape.ReplaceAllStringFunc(text, func(e string) string {
+		decoded, _ := url.PathUnescape(e)
+		return decoded
+	})
+}
+
+var escape = regexp.MustCompile("%[0-9A-Fa-f]{2}")
 
 // checkCaller tells why a request may not go upstream, or returns nil if it
 // may.
@@ -263,11 +271,6 @@ func (f *forwarder) checkCaller(r *http.Request) *apiError {
 		return errMethod
 	}
 
-	// A request target that is not a path is a URL, or * for OPTIONS.
-	if !strings.HasPrefix(r.RequestURI, "/") {
-		return errTarget
-	}
-
 	// Without a key every program on this host may use the proxy. A web page is
 	// no such program, though its browser runs here.
 	if f.key == "" && mayBeWebPage(r) {
@@ -276,7 +279,8 @@ func (f *forwarder) checkCaller(r *http.Request) *apiError {
 	if f.key != "" && !f.hasKey(r) {
 		return errKey
 	}
-	if !isPlainPath(r.URL.Path) {
+	// A request target that is no path is a URL, or * for OPTIONS.
+	if !strings.HasPrefix(r.RequestURI, "/") || !isPlainPath(r.URL.Path) {
 		return errPath
 	}
 	return nil
@@ -532,8 +536,7 @@ func isClaudes(segments []string, first string, h http.Header) bool {
 func cutCredentials(query string) string {
 	isCredential := func(param string) bool {
 		name, _, _ := strings.Cut(param, "=")
-		name, _ = url.QueryUnescape(name) // empty for a wrong escape
-		return credentialParams[strings.ToLower(name)]
+		return credentialParams[strings.ToLower(unescape(name))]
 	}
 	return strings.Join(slices.DeleteFunc(strings.Split(query, "&"), isCredential), "&")
 }
@@ -653,7 +656,7 @@ func (b *requestBody) Close() error { return nil }
 // transfer.go), and the body is still whole.
 func (b *requestBody) again() (io.ReadCloser, error) {
 	if b.begun.Load() {
-		return nil, errors.New("a part of the request's body has been sent")
+		return nil, errors.New("the connection broke off, with a part of the body sent")
 	}
 	return b, nil
 }
@@ -685,11 +688,11 @@ const lingerTime = time.Second
 // transport may go on reading, which does no harm: the upstream has answered,
 // and its connection, which has not got the whole request, is not used again.
 func (b *requestBody) end(within time.Duration) {
+	b.client.Flush()
 	if b.ended.Load() {
 		return
 	}
 	b.dropped.Store(true)
-	b.client.Flush()
 	b.client.SetReadDeadline(time.Now().Add(within))
 	io.Copy(io.Discard, b.from)
 	b.from.Close()
@@ -844,8 +847,6 @@ var (
 		message: "CONNECT, TRACE and TRACK are not forwarded",
 		// A must, as that of a 401 (RFC 9110 §15.5.6 and §15.5.2).
 		header: [2]string{"Allow", "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"}}
-	errTarget = &apiError{status: 400, code: "invalid_path",
-		message: "the request target must be a path: this is no HTTP proxy for other hosts"}
 	errWebPage = &apiError{status: 403, code: "foreign_web_page",
 		message: "Host, Origin or Sec-Fetch-Site is that of a web page: " +
 			"call http://localhost or 127.0.0.1 from a program, or set EXPECTED_KEY"}
@@ -854,7 +855,7 @@ var (
 			"send the proxy's EXPECTED_KEY as api-key, x-api-key or Authorization: Bearer",
 		header: [2]string{"WWW-Authenticate", "Bearer"}}
 	errPath = &apiError{status: 400, code: "invalid_path",
-		message: "the path must be UTF-8, without . or .. segments " +
+		message: "the request target must be a path in UTF-8, without . or .. segments " +
 			"and without escapes of escapes such as %252e"}
 	// errBody is for a body whose end did not come. Either the client is gone
 	// and reads no answer, or its chunks are malformed: net/http has no error
@@ -884,14 +885,14 @@ func (f *forwarder) noAnswer(err error) *apiError {
 		message: message, hint: hintFor(noAnswerCauses, 0, message)}
 }
 
-// reason says why a round trip failed, in Go's words. Those that quote what the
-// peer sent in the place of a head, perhaps the rest of another answer, say
-// that it is malformed, and are not shown.
+// reason says why a round trip failed, in Go's words, without what they quote
+// of the peer's.
 func reason(err error) string {
-	if strings.Contains(err.Error(), "malformed") {
+	text, _, _ := strings.Cut(err.Error(), `"`)
+	if strings.Contains(text, "malformed") {
 		return "the answer is not HTTP"
 	}
-	return cut(err.Error(), maxShown)
+	return cut(text, maxShown)
 }
 
 // write answers with the error. The body of the request is dropped.

@@ -230,8 +230,8 @@ func listenHosts(host string) []string {
 	return []string{"127.0.0.1"}
 }
 
-// listen opens a socket for each of listenHosts. With PORT=0 the first one finds
-// a free port, and the other takes the same.
+// listen opens a socket for each of listenHosts. With PORT=0 the first one
+// finds a free port, and the other takes the same.
 func listen(cfg *config) ([]net.Listener, error) {
 	var listeners []net.Listener
 	port := cfg.port
