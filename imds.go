@@ -32,10 +32,10 @@ const (
 	// a host outside of Azure, the packets are often dropped.
 	connectTime = 4 * time.Second
 
-	// tryTime bounds one request to the identity endpoint, its answer included.
+	// askTime bounds one request to the identity endpoint, its answer included.
 	// Endpoints on busy hosts have taken six seconds
 	// (Azure/azure-sdk-for-net#20609).
-	tryTime = 10 * time.Second
+	askTime = 10 * time.Second
 
 	// firstPause follows the first failure. Each further failure in a row
 	// doubles it, up to maxPause, as Microsoft asks for ("How to use managed
@@ -479,8 +479,6 @@ func byWay(u *url.URL) string {
 // fetch asks the endpoint for a token, once. A token's life counts from the
 // sending of the request, as the answer may be long on its way.
 func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
-	ctx, cancel := context.WithTimeout(ctx, tryTime)
-	defer cancel()
 	if e.assertionFile != "" { // read anew: Kubernetes replaces it within the hour
 		assertion, err := os.ReadFile(e.assertionFile)
 		if err != nil {
@@ -508,12 +506,13 @@ func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 		return token{}, e.refused(resp, body)
 	}
 
-	// A token's life is expires_on minus Date. Both come from a clock that is
-	// right, even if this host's is wrong. (On an endpoint of this host, Date
-	// is as wrong as the host's clock, and so no better than sent.)
-	endpointTime, err := http.ParseTime(resp.Header.Get("Date"))
-	if err != nil {
-		endpointTime = sent
+	// expires_on comes from a clock that is right. If this host's is wrong, the
+	// endpoint's Date may be right, and a token's life is the one minus the other.
+	// Date is cut to the second, so a small difference is none.
+	endpointTime := sent
+	if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil &&
+		date.Sub(sent).Abs() > 5*time.Second {
+		endpointTime = date
 	}
 	t, err := parseToken(body, sent, endpointTime)
 	if err != nil {
@@ -526,6 +525,8 @@ func (e *endpoint) fetch(ctx context.Context) (token, *fetchError) {
 // ask sends a request for a token, and reads the answer. It follows no
 // redirect, as that would show the request's secret to another host.
 func (e *endpoint) ask(ctx context.Context, authorization string) (*http.Response, []byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
 	header := e.header.Clone()
 	if authorization != "" {
 		header.Set("Authorization", authorization)

@@ -871,16 +871,23 @@ func TestFailureIsToldAndLastsOrPasses(t *testing.T) {
 	}
 }
 
+// TestTryIsBoundedAndItsTokenLivesByTheWallClock. Each of Arc's two requests has its own time.
 func TestTryIsBoundedAndItsTokenLivesByTheWallClock(t *testing.T) {
-	e, _ := newTestEndpoint(t, newFakeIdentity(t), imdsEnv, "")
+	f, keys := newFakeIdentity(t), t.TempDir()
+	e, _ := newTestEndpoint(t, f, arcEnv, keys)
+	writeFile(t, keys+"/a.key", "the key")
+	f.answerWith(arcAgent("Basic realm="+filepath.Join(keys, "a.key"), make(chan string, 1)))
 	e.now = time.Now
+	var ends []time.Time
 	e.transport.Proxy = func(r *http.Request) (*url.URL, error) {
-		if end, ok := r.Context().Deadline(); !ok || time.Until(end) > 10*time.Second {
-			t.Errorf("a try ends at %v", end)
-		}
+		end, _ := r.Context().Deadline()
+		ends = append(ends, end)
 		return nil, nil
 	}
 	got, failure := e.fetch(context.Background())
+	if len(ends) != 2 || !ends[0].Before(ends[1]) || time.Until(ends[1]) > 10*time.Second {
+		t.Errorf("the requests end at %v", ends)
+	}
 	wall := token{got.authorization, got.expires.Round(0), got.refresh.Round(0)}
 	if failure != nil || got != wall {
 		t.Errorf("got %v, %v; want times without a monotonic reading", got, failure)
@@ -936,6 +943,7 @@ func TestEveryFormOfExpiryIsRead(t *testing.T) {
 		{"empty beside a number", `"expires_on":"","expires_in":"3600"`, ""},
 		{"endpoint's clock ahead", `"expires_on":"1772377200"`, ahead},
 		{"endpoint's clock behind", `"expires_on":"1772362800"`, behind},
+		{"Date cut to the second", `"expires_on":"1772370000"`, "Sun, 01 Mar 2026 11:59:59 GMT"},
 		{"expires_in needs no clock", `"expires_in":3600`, ahead},
 		{"refresh_in too late", `"expires_in":3600,"refresh_in":3600`, ""},
 		{"refresh_in too soon", `"expires_in":3600,"refresh_in":0`, ""},
