@@ -180,11 +180,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	req.Header.Set("Authorization", t.authorization)
-	resp, err := f.transport.RoundTrip(req)
-	if err == nil {
-		defer resp.Body.Close()
-		err = checkStatus(r, resp)
-	}
+	resp, err := roundTrip(f.transport, req)
 	if err != nil {
 		e := f.noAnswer(err)
 		if body.broken.Load() {
@@ -193,6 +189,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fail(e)
 		return
 	}
+	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusSwitchingProtocols {
 		f.tunnel(w, r, resp)
 		return
@@ -698,17 +695,23 @@ func (b *requestBody) end(within time.Duration) {
 	b.from.Close()
 }
 
-// checkStatus returns an error for a 1xx that is no answer. The transport deals
-// with all of them but 101. After the 101 that a WebSocket asked for, the body
-// is the connection, and can be written to.
-func checkStatus(r *http.Request, resp *http.Response) error {
+// roundTrip sends a request to the upstream or to an identity endpoint. A 1xx is
+// no answer; the transport deals with all of them but 101. After the 101 that a
+// WebSocket asked for, the body is the connection, and can be written to. Any
+// other is an error: reading its body would not end with the request's context.
+func roundTrip(transport *http.Transport, req *http.Request) (*http.Response, error) {
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
 	_, canWrite := resp.Body.(io.Writer)
-	isWanted := canWrite && isWebSocket(r) &&
+	isWanted := canWrite && req.Header.Get("Upgrade") != "" &&
 		strings.EqualFold(resp.Header.Get("Upgrade"), "websocket")
 	if resp.StatusCode < 200 && !isWanted {
-		return fmt.Errorf("unexpected status %d", resp.StatusCode)
+		resp.Body.Close()
+		return nil, fmt.Errorf("unexpected status %d", resp.StatusCode)
 	}
-	return nil
+	return resp, nil
 }
 
 // copyHeader sets an answer's header, without what is about the upstream's
@@ -778,7 +781,7 @@ func (a *answerWriter) copyFrom(resp *http.Response) error {
 // tunnel copies bytes between the client and the upstream, after its 101. Each
 // direction is copied to its own end, and that end is passed on: a peer that
 // has sent all it has may still wait for the rest of what the other sends.
-// checkStatus has seen that resp.Body is a connection.
+// roundTrip has seen that resp.Body is a connection.
 func (f *forwarder) tunnel(w http.ResponseWriter, r *http.Request, resp *http.Response) {
 	copyHeader(w.Header(), resp.Header)
 	w.Header().Set("Connection", "Upgrade")

@@ -542,16 +542,11 @@ func (e *endpoint) ask(ctx context.Context, authorization string) (*http.Respons
 		return nil, nil, err
 	}
 	req.Header = header
-	resp, err := e.transport.RoundTrip(req)
+	resp, err := roundTrip(e.transport, req)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer resp.Body.Close()
-	// The body of a 101 would be the connection, whose reading ctx does not
-	// end.
-	if err := checkStatus(req, resp); err != nil {
-		return nil, nil, err
-	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	return resp, body, err
 }

@@ -103,12 +103,13 @@ func answerRaw(text string) http.HandlerFunc {
 	}
 }
 
-// arcAgent gives a token to whoever answers its challenge, and notes the keys it is shown.
-func arcAgent(challenge string, shown chan<- string) http.HandlerFunc {
+// arcAgent gives a token to whoever shows it a key, which its challenge says is in file, and notes
+// the keys it is shown.
+func arcAgent(file string, shown chan<- string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		key := r.Header.Get("Authorization")
 		if key == "" {
-			w.Header().Set("WWW-Authenticate", challenge)
+			w.Header().Set("WWW-Authenticate", "Basic realm="+file)
 			w.WriteHeader(401)
 			return
 		}
@@ -677,7 +678,7 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 			r.Header.WriteSubset(&asked, vary)
 			fmt.Fprintln(&asked, r.PostForm.Encode())
 			if e.keyDir != "" {
-				arcAgent("Basic realm="+key, make(chan string, 1))(w, r)
+				arcAgent(key, make(chan string, 1))(w, r)
 				return
 			}
 			io.WriteString(w, tokenAnswer("token", time.Hour))
@@ -754,7 +755,7 @@ func TestArcKeyIsShown(t *testing.T) {
 			continue // root reads all, and Windows has other permissions
 		}
 		shown := make(chan string, 2)
-		f.answerWith(arcAgent("Basic realm="+filepath.Join(keys, name), shown))
+		f.answerWith(arcAgent(filepath.Join(keys, name), shown))
 		_, failure := e.fetch(context.Background())
 		close(shown)
 		key := <-shown
@@ -781,7 +782,7 @@ func TestArcAgentThatFailsAfterItsChallenge(t *testing.T) {
 				answerRaw(second)(w, r)
 				return
 			}
-			arcAgent("Basic realm="+filepath.Join(keys, "a.key"), nil)(w, r)
+			arcAgent(filepath.Join(keys, "a.key"), nil)(w, r)
 		})
 		_, failure := e.fetch(context.Background())
 		if failure == nil || failure.lasting || !strings.Contains(failure.text, "no answer: ") {
@@ -876,7 +877,7 @@ func TestTryIsBoundedAndItsTokenLivesByTheWallClock(t *testing.T) {
 	f, keys := newFakeIdentity(t), t.TempDir()
 	e, _ := newTestEndpoint(t, f, arcEnv, keys)
 	writeFile(t, keys+"/a.key", "the key")
-	f.answerWith(arcAgent("Basic realm="+filepath.Join(keys, "a.key"), make(chan string, 1)))
+	f.answerWith(arcAgent(filepath.Join(keys, "a.key"), make(chan string, 1)))
 	e.now = time.Now
 	var ends []time.Time
 	e.transport.Proxy = func(r *http.Request) (*url.URL, error) {

@@ -500,13 +500,10 @@ func check(cfg *config, problem error, out io.Writer) error {
 	}
 	req := f.upstreamRequest(r, &requestBody{from: io.NopCloser(strings.NewReader("{}"))})
 	req.Header.Set("Authorization", t.authorization)
-	resp, err := f.transport.RoundTrip(req.WithContext(ctx))
+	resp, err := roundTrip(f.transport, req.WithContext(ctx))
 	var body []byte
 	if err == nil {
 		defer resp.Body.Close()
-		err = checkStatus(r, resp)
-	}
-	if err == nil {
 		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	}
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -427,10 +428,7 @@ func (s *standIn) responses(w http.ResponseWriter, q *request) {
 		fields["item_id"], fields["output_index"] = item["id"], 0
 		return fields
 	}
-	begun := object{}
-	for name, value := range item {
-		begun[name] = value
-	}
+	begun := maps.Clone(item)
 	begun["status"] = "in_progress"
 	send("response.created", object{"response": response("in_progress", []any{}...)})
 	if q.turn.tool != "" {
