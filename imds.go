@@ -184,12 +184,6 @@ func (s *tokenSource) current() (t token, ok bool) {
 	return s.held, now.Before(s.held.expires)
 }
 
-// isReady tells whether there is a valid token.
-func (s *tokenSource) isReady() bool {
-	_, ok := s.current()
-	return ok
-}
-
 // ask wakes run, unless it has been asked already.
 func (s *tokenSource) ask() {
 	select {
@@ -289,8 +283,8 @@ func (s *tokenSource) wakeWaiting() {
 // endpoint is an identity endpoint, and the identity that it is asked for.
 //
 // The platforms' endpoints are on the host itself or on its own link, and speak
-// plain HTTP. Entra ID, which workload identity asks, is spoken to over TLS,
-// unless it is on a loopback address.
+// plain HTTP. Entra ID, which is asked with a secret or an assertion, is spoken
+// to over TLS, unless it is on a loopback address.
 type endpoint struct {
 	name     string      // "IMDS at 169.254.169.254"
 	why      string      // it was chosen: "MSI_ENDPOINT is set"
@@ -357,24 +351,33 @@ func newEndpoint(env func(string) string, scope string, arc arcFiles) (*endpoint
 	var variable, fallback, path, apiVersion string
 	idParam := "client_id"
 	switch {
-	case isSet("AZURE_FEDERATED_TOKEN_FILE"):
-		// AKS workload identity ("Use Microsoft Entra Workload ID with Azure
-		// Kubernetes Service"), or another host with a token of an OIDC issuer.
+	case isSet("AZURE_CLIENT_SECRET"), isSet("AZURE_FEDERATED_TOKEN_FILE"):
 		// Entra ID itself is asked ("Microsoft identity platform and the OAuth
-		// 2.0 client credentials flow", third case).
-		if !isSet("AZURE_TENANT_ID") || !isSet("AZURE_CLIENT_ID") {
-			return nil, errors.New("AZURE_FEDERATED_TOKEN_FILE: " +
-				"set AZURE_TENANT_ID and AZURE_CLIENT_ID too, or unset it")
-		}
-		e.name, e.why = "workload identity", "AZURE_FEDERATED_TOKEN_FILE is set"
+		// 2.0 client credentials flow", first and third case): with the secret
+		// of an app registration, as the SDKs' EnvironmentCredential does, or
+		// with an assertion of AKS workload identity ("Use Microsoft Entra
+		// Workload ID with Azure Kubernetes Service") or another OIDC issuer.
 		variable, fallback = "AZURE_AUTHORITY_HOST", "https://login.microsoftonline.com"
 		path = "/" + url.PathEscape(env("AZURE_TENANT_ID")) + "/oauth2/v2.0/token"
-		e.assertionFile = env("AZURE_FEDERATED_TOKEN_FILE")
 		e.form = url.Values{
-			"client_id":             {e.clientID},
-			"scope":                 {resource + "/.default"}, // no bare resource here
-			"grant_type":            {"client_credentials"},
-			"client_assertion_type": {"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"},
+			"client_id":  {e.clientID},
+			"scope":      {resource + "/.default"}, // no bare resource here
+			"grant_type": {"client_credentials"},
+		}
+		credential := "AZURE_CLIENT_SECRET"
+		if isSet(credential) {
+			e.name = "client secret"
+			e.form.Set("client_secret", env(credential))
+		} else {
+			credential = "AZURE_FEDERATED_TOKEN_FILE"
+			e.name, e.assertionFile = "workload identity", env(credential)
+			e.form.Set("client_assertion_type",
+				"urn:ietf:params:oauth:client-assertion-type:jwt-bearer")
+		}
+		e.why = credential + " is set"
+		if !isSet("AZURE_TENANT_ID") || e.clientID == "" {
+			return nil, errors.New(credential +
+				": set AZURE_TENANT_ID and AZURE_CLIENT_ID too, or unset it")
 		}
 
 	case isSet("IDENTITY_ENDPOINT") && isSet("IDENTITY_HEADER") &&
@@ -402,14 +405,11 @@ func newEndpoint(env func(string) string, scope string, arc arcFiles) (*endpoint
 		e.clientID = cmp.Or(e.clientID, env("DEFAULT_IDENTITY_CLIENT_ID"))
 
 	case isSet("MSI_ENDPOINT"):
-		// Cloud Shell. It has one identity, that of the user at the terminal.
+		// Cloud Shell. It has one identity, that of the user at the terminal, and
+		// takes no client id.
 		e.name, e.why = "Cloud Shell", "MSI_ENDPOINT is set"
 		variable = "MSI_ENDPOINT"
 		e.form = url.Values{"resource": {resource}}
-		if e.clientID != "" {
-			return nil, errors.New("AZURE_CLIENT_ID: unset it, " +
-				"as Cloud Shell (MSI_ENDPOINT) has no user-assigned identities")
-		}
 
 	case isSet("IDENTITY_ENDPOINT") && isSet("IMDS_ENDPOINT"), hasArcAgent:
 		// Azure Arc ("Authenticate against Azure resources with Azure
@@ -441,8 +441,9 @@ func newEndpoint(env func(string) string, scope string, arc arcFiles) (*endpoint
 		return nil, fmt.Errorf("%s: want a URL such as %s", variable,
 			cmp.Or(fallback, "http://127.0.0.1:41964/msi/token"))
 	}
-	if e.assertionFile != "" && e.url.Scheme == "http" && !isLoopback(e.url.Hostname()) {
-		return nil, errors.New("AZURE_AUTHORITY_HOST: want https")
+	if variable == "AZURE_AUTHORITY_HOST" && e.url.Scheme == "http" &&
+		!isLoopback(e.url.Hostname()) {
+		return nil, errors.New(variable + ": want https")
 	}
 	e.name += " at " + e.url.Host
 	if e.form == nil {
@@ -542,7 +543,12 @@ func (e *endpoint) ask(ctx context.Context, authorization string) (*http.Respons
 		return nil, nil, err
 	}
 	req.Header = header
-	resp, err := roundTrip(e.transport, req)
+	return readAnswer(e.transport, req)
+}
+
+// readAnswer sends a request, and reads the answer whole, up to maxAnswer.
+func readAnswer(transport *http.Transport, req *http.Request) (*http.Response, []byte, error) {
+	resp, err := roundTrip(transport, req)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -577,14 +583,16 @@ func (e *endpoint) failure(isLasting bool, format string, args ...any) *fetchErr
 // its place, and of Entra ID, which numbers its errors ("Microsoft Entra
 // authentication and authorization error codes"). The status does not matter.
 var endpointCauses = []cause{
-	{0, "gave no answer", "does this host have it? IMDS is on Azure hosts only"},
+	{0, "gave no answer", "does this host have it? IMDS is on Azure hosts only; elsewhere " +
+		"set AZURE_CLIENT_SECRET, and HTTPS_PROXY if Entra ID is behind a proxy"},
 	{0, "identity not found", "assign a managed identity to this host, " +
 		"or correct AZURE_CLIENT_ID"},
 	{0, "multiple user assigned", "set AZURE_CLIENT_ID to the client id of one of them"},
 	{0, "unreachable network", "this is not an Azure host"},
 	{0, ".key: permission denied", "run the proxy as root, or as a user of the group himds"},
 	// AADSTS70021 in older answers, and 700211 to 700213 for one of the three.
-	{0, "aadsts70021", "the federated credential's issuer, subject or audience is not this pod's"},
+	{0, "aadsts70021", "the federated credential's issuer, subject or audience is not that " +
+		"of the token in AZURE_FEDERATED_TOKEN_FILE"},
 	{0, "aadsts500011", "correct AZURE_OPENAI_SCOPE"},
 }
 

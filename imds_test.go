@@ -188,10 +188,12 @@ func chooseEndpoint(env string, arc arcFiles) (*endpoint, error) {
 	return newEndpoint(parseVars(env, " ").get, "https://cognitiveservices.azure.com/.default", arc)
 }
 
-// newTestEndpoint returns the endpoint for env, and its clock. Azure Arc's keys are in keys.
+// newTestEndpoint returns the endpoint for env, and its clock. Azure Arc's keys are in keys. A test
+// that fails asks the fake, too, and not the real IMDS.
 func newTestEndpoint(t testing.TB, f *fakeIdentity, env, keys string) (*endpoint, *fakeClock) {
 	t.Helper()
-	e, err := chooseEndpoint(strings.ReplaceAll(env, "URL", f.URL), arcFiles{"/nowhere", keys})
+	env = strings.ReplaceAll(imdsEnv+" "+env, "URL", f.URL)
+	e, err := chooseEndpoint(env, arcFiles{"/nowhere", keys})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -577,7 +579,9 @@ func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 		shell  = "MSI_ENDPOINT=http://127.0.0.1/cs/ "
 		arc    = "IDENTITY_ENDPOINT=http://127.0.0.1/arc IMDS_ENDPOINT=http://127.0.0.1 "
 		relay  = "AZURE_POD_IDENTITY_AUTHORITY_HOST="
-		noPair = "AZURE_FEDERATED_TOKEN_FILE: set AZURE_TENANT_ID and AZURE_CLIENT_ID too"
+		secret = "AZURE_CLIENT_SECRET=s3cret AZURE_TENANT_ID=t AZURE_CLIENT_ID=c "
+		clear  = "AZURE_AUTHORITY_HOST=http://b.example"
+		noPair = ": set AZURE_TENANT_ID and AZURE_CLIENT_ID too"
 
 		isAKS   = ", as AZURE_FEDERATED_TOKEN_FILE is set: "
 		isApp   = "App Service at 127.0.0.1, as IDENTITY_ENDPOINT and IDENTITY_HEADER are set"
@@ -588,6 +592,8 @@ func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 			"http://169.254.169.254/metadata/identity/oauth2/token"
 	)
 	for _, tt := range []struct{ name, env, want string }{
+		{"secret before all others", secret + aks + app + agent, "client secret at login." +
+			"microsoftonline.com, as AZURE_CLIENT_SECRET is set: https://login.microsoftonline.com/t/"},
 		{"AKS", aks + app + agent, "workload identity at login.microsoftonline.com" + isAKS +
 			"https://login.microsoftonline.com/t/oauth2/v2.0/token"},
 		{"other cloud", aks + "AZURE_AUTHORITY_HOST=https://b.example/",
@@ -608,10 +614,12 @@ func TestEndpointIsTheOneTheEnvironmentNames(t *testing.T) {
 			"http://[::1]:9/metadata/"},
 
 		{"Service Fabric", fabric, "IDENTITY_SERVER_THUMBPRINT: Service Fabric is not supported"},
-		{"Cloud Shell, user-assigned", shell + "AZURE_CLIENT_ID=c", "AZURE_CLIENT_ID: unset it"},
-		{"AKS, no tenant", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_CLIENT_ID=c", noPair},
-		{"AKS, no client", "AZURE_FEDERATED_TOKEN_FILE=/f AZURE_TENANT_ID=t", noPair},
-		{"in the clear", aks + "AZURE_AUTHORITY_HOST=http://b", "AZURE_AUTHORITY_HOST: want https"},
+		{"secret, no tenant", secret + "AZURE_TENANT_ID=", "AZURE_CLIENT_SECRET" + noPair},
+		{"secret, no client", secret + "AZURE_CLIENT_ID=", "AZURE_CLIENT_SECRET" + noPair},
+		{"AKS, no tenant", aks + "AZURE_TENANT_ID=", "AZURE_FEDERATED_TOKEN_FILE" + noPair},
+		{"AKS, no client", aks + "AZURE_CLIENT_ID=", "AZURE_FEDERATED_TOKEN_FILE" + noPair},
+		{"AKS in the clear", aks + clear, "AZURE_AUTHORITY_HOST: want https"},
+		{"secret in the clear", secret + clear, "AZURE_AUTHORITY_HOST: want https"},
 		{"no scheme", relay + "169.254.169.254", "AZURE_POD_IDENTITY_AUTHORITY_HOST: want"},
 		{"other scheme", "MSI_ENDPOINT=ftp://127.0.0.1", "MSI_ENDPOINT: want a URL such as http:"},
 		{"no host", "MSI_ENDPOINT=http://:80/s3cret", "MSI_ENDPOINT: want a URL such as http:"},
@@ -639,10 +647,11 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 		id       = " AZURE_CLIENT_ID=c1"
 		form     = " Connection: close Content-Type: application/x-www-form-urlencoded" +
 			" Metadata: true "
-		federated = "client_assertion=jwt%2B%2F%3D&client_assertion_type=" +
-			"urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&client_id=c1&" +
-			"grant_type=client_credentials&" +
+		grant = "grant_type=client_credentials&" +
 			"scope=https%3A%2F%2Fcognitiveservices.azure.com%2F.default"
+		secret    = "client_id=c1&client_secret=s3~%2B%2F%3Dcret&" + grant
+		federated = "client_assertion=jwt%2B%2F%3D&client_assertion_type=" +
+			"urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&client_id=c1&" + grant
 		imds  = "GET /metadata/identity/oauth2/token?api-version=2018-02-01&"
 		app   = "api-version=2019-08-01&" + end + " X-Identity-Header: s3cret"
 		ml    = "GET /ml?api-version=2017-09-01&"
@@ -664,6 +673,8 @@ func TestEachEndpointIsAskedItsOwnWay(t *testing.T) {
 		{"Cloud Shell", "MSI_ENDPOINT=URL/cs", "POST /cs?" + form + resource},
 		{"Azure Arc", arcEnv,
 			arc + end + " " + arc + strings.Replace(end, " ", " Authorization: Basic the key ", 1)},
+		{"client secret", workloadEnv + " AZURE_CLIENT_SECRET=s3~+/=cret",
+			"POST /tenant/oauth2/v2.0/token?" + form + secret},
 		{"AKS", workloadEnv + file, "POST /tenant/oauth2/v2.0/token?" + form + federated},
 	} {
 		f := newFakeIdentity(t)
@@ -838,6 +849,8 @@ func TestFailureIsToldAndLastsOrPasses(t *testing.T) {
 			lasts + "400: AADSTS500011: no; hint: correct AZURE_OPENAI_SCOPE"},
 		{"wrong issuer", workloadEnv + "go.mod", answer(401, "AADSTS700211: no"),
 			lasts + "401: AADSTS700211: no (client id c1); hint: the federated credential"},
+		{"wrong secret", workloadEnv + " AZURE_CLIENT_SECRET=LEAK", answer(401, "AADSTS7000215: no"),
+			lasts + "401: AADSTS7000215: no (client id c1)"},
 		{"Docker Desktop", imdsEnv, answer(403, "an unreachable network."),
 			lasts + "403: an unreachable network.; hint: this is not an Azure host"},
 

@@ -15,8 +15,8 @@
 // are answers to clients and the log on stderr. It writes no file, starts no
 // process and, name lookups aside, speaks to two places only: the identity
 // endpoint, and TARGET_URL's host. HTTPS_PROXY, if it is set, is on the way to
-// the latter and, with workload identity, to Entra ID. As a service it tells
-// systemd, on this host, when it is ready and when it stops.
+// the latter, and to Entra ID where tokens come from there. As a service it
+// tells systemd, on this host, when it is ready and when it stops.
 //
 // There are three files: main.go has the inputs, the start, the stop and
 // -check; imds.go gets tokens and keeps them; forward.go forwards requests.
@@ -62,6 +62,8 @@ Settings are environment variables. An empty one counts as not set.
                       https://cognitiveservices.azure.com/.default
   AZURE_CLIENT_ID     client id of a user-assigned identity; the system-assigned
                       one by default
+  AZURE_CLIENT_SECRET secret of an app registration, for a host without a managed
+                      identity; with AZURE_TENANT_ID and AZURE_CLIENT_ID
   DRAIN_DELAY         how long to go on accepting after SIGTERM, such as 10s, until
                       a balancer has seen that /readyz says 503; 0 by default
   AZURE_LOG_LEVEL     debug adds a line per answer and per token
@@ -76,9 +78,10 @@ Set by the platform, or by who runs the host:
   MSI_ENDPOINT                Azure Machine Learning, Cloud Shell
   MSI_SECRET                  Azure Machine Learning
   DEFAULT_IDENTITY_CLIENT_ID  Azure Machine Learning
-  AZURE_FEDERATED_TOKEN_FILE  AKS workload identity
-  AZURE_TENANT_ID             AKS workload identity
-  AZURE_AUTHORITY_HOST        AKS workload identity
+  AZURE_FEDERATED_TOKEN_FILE  AKS workload identity, and wherever else a workload has
+                              a token of an OIDC issuer
+  AZURE_TENANT_ID             the same, and AZURE_CLIENT_SECRET
+  AZURE_AUTHORITY_HOST        these two; https://login.microsoftonline.com by default
   AZURE_POD_IDENTITY_AUTHORITY_HOST
                               a relay to IMDS; http://169.254.169.254 by default
   NOTIFY_SOCKET               systemd, for a service of Type=notify
@@ -329,12 +332,13 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	isProbe := (call == "" || path == "/healthz" || path == "/readyz") &&
 		(r.Method == http.MethodGet || r.Method == http.MethodHead) &&
 		r.ContentLength == 0 && r.URL.Host == ""
+	_, hasToken := s.tokens.current()
 	switch {
 	case !isProbe:
 		s.forwarder.ServeHTTP(w, r)
 	case path == "/readyz" && s.stopping.Load():
 		http.Error(w, "shutting down", http.StatusServiceUnavailable)
-	case path == "/readyz" && !s.tokens.isReady():
+	case path == "/readyz" && !hasToken:
 		http.Error(w, "no token", http.StatusServiceUnavailable)
 	default:
 		fmt.Fprintln(w, "ok")
