@@ -57,12 +57,21 @@ var forwardedHeaders = names(
 	// is used, evaluations and previews.
 	"Extra-Parameters Azureml-Model-Deployment X-Ms-Oai-Image-Generation-Deployment",
 	"X-Policy-Id Aoai-Evals Foundry-Features X-Ms-Enable-Preview",
+
+	// For which end user a middle tier calls a hosted agent. Without it the
+	// service would take all of them for one. It demands a permission of its own.
+	"X-Ms-User-Identity",
+
+	// After which event a broken stream goes on (MCP, "Streamable HTTP").
+	"Last-Event-Id",
 )
 
-// forwardedPrefixes begin the headers that the service and its SDKs define.
-// X-Ms- is not one of them: App Service and other front ends of Azure put the
-// signed-in user's tokens and address under it.
-var forwardedPrefixes = []string{"Anthropic-", "Openai-", "X-Codex-", "X-Openai-", "X-Stainless-"}
+// forwardedPrefixes begin the headers that the service and its SDKs define, and
+// MCP, which Foundry's toolboxes speak. X-Ms- is not one of them: App Service
+// and other front ends of Azure put the signed-in user's tokens and address
+// under it.
+var forwardedPrefixes = []string{"Anthropic-", "Mcp-", "Openai-", "X-Codex-", "X-Openai-",
+	"X-Stainless-"}
 
 // credentialWords are parts of a name, in lower case, that keep a header here
 // in spite of its prefix.
@@ -138,8 +147,7 @@ func newForwarder(cfg *config, tokens *tokenSource) *forwarder {
 			// lost packet cannot stop the others. An empty map switches HTTP/2
 			// off.
 			TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{},
-			MaxIdleConns:           0, // no limit but the next
-			MaxIdleConnsPerHost:    1024,
+			MaxIdleConnsPerHost:    1024,             // there is one host
 			IdleConnTimeout:        60 * time.Second, // load balancers of Azure: 4 minutes
 			ResponseHeaderTimeout:  0,                // a model may think for hours
 			ExpectContinueTimeout:  0,                // Expect is not forwarded
@@ -329,7 +337,8 @@ func isLoopback(host string) bool {
 // hasKey tells whether the request presents the expected key. Hashes are
 // compared, so that the time it takes shows neither content nor length.
 func (f *forwarder) hasKey(r *http.Request) bool {
-	keys := slices.Concat(r.Header["Api-Key"], r.Header["X-Api-Key"])
+	keys := slices.Concat(r.Header["Api-Key"], r.Header["X-Api-Key"],
+		r.Header["Ocp-Apim-Subscription-Key"]) // of API Management
 	for _, value := range r.Header["Authorization"] {
 		if scheme, key, _ := strings.Cut(value, " "); strings.EqualFold(scheme, "Bearer") {
 			keys = append(keys, strings.TrimSpace(key))
@@ -388,11 +397,12 @@ func listItems(values []string) []string {
 // target is the resource that TARGET_URL names.
 type target struct {
 	base *url.URL // as it is used: "https://my-aoai.openai.azure.com/openai/"
-	root string   // what precedes the API that base's path ends with: "/"; empty without one
+	root string   // what its APIs are below: "/"; empty if that is not known
 }
 
-// apiPath is a path that ends in an API, with what precedes that.
-var apiPath = regexp.MustCompile("^(/|/.*/)(openai|anthropic)/(v1/)?$")
+// rootPath finds the root in a path: the whole path of a Foundry project, or what
+// precedes an API.
+var rootPath = regexp.MustCompile("^(.*/api/projects/[^/]+/)$|^(/|/.*/)(openai|anthropic)/(v1/)?$")
 
 const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/openai/ " +
 	"(one is enough now for both of its APIs)"
@@ -419,8 +429,8 @@ func parseTarget(value string) (*target, error) {
 	path := "/" + cmp.Or(strings.Trim(u.EscapedPath(), "/"), "openai") + "/"
 	t := &target{}
 	t.base, err = url.Parse(u.Scheme + "://" + u.Host + path)
-	if parts := apiPath.FindStringSubmatch(path); parts != nil {
-		t.root = parts[1]
+	if parts := rootPath.FindStringSubmatch(path); parts != nil {
+		t.root = parts[1] + parts[2] // one of them is empty
 	}
 	return t, err
 }
@@ -481,15 +491,21 @@ var dated = regexp.MustCompile("(^|&)api-version=[0-9]")
 // is dropped, but only before what is known as an operation: the service has
 // /openai/v1/video/generations/jobs?api-version=2025-04-01-preview.
 //
-// Where TARGET_URL has no root, the request's path follows it as it is.
+// Where TARGET_URL has no root, the request's path follows it as it is. Below a
+// Foundry project this is so for all but the v1 API's operations: agents and
+// toolboxes, for example, are of the project's own API. Both have files, but the
+// project's own API demands an api-version, and the v1 API has none (Foundry
+// REST reference, API versioning).
 func (t *target) upstreamURL(requestURI string, h http.Header) *url.URL {
 	path, query, hasQuery := strings.Cut(requestURI, "?")
 	segments, call := splitPath(path)
 	first, _, _ := strings.Cut(call, "/")
 	isDated, hasV1 := dated.MatchString(query), slices.Contains(segments, "v1")
 	before := t.base.EscapedPath()
+	isProject := before == t.root
 	switch {
-	case t.root == "":
+	case t.root == "", isProject && !operations[first],
+		isProject && !hasV1 && strings.Contains(query, "api-version="):
 		call = strings.TrimLeft(path, "/")
 	case isClaudes(segments, first, h):
 		before = t.root + "anthropic/v1/"
@@ -718,9 +734,7 @@ func roundTrip(transport *http.Transport, req *http.Request) (*http.Response, er
 // connection or host.
 func copyHeader(h, upstream http.Header) {
 	for _, name := range listItems(upstream["Connection"]) {
-		if !strings.EqualFold(name, "Content-Length") { // an answer to HEAD has nothing else
-			upstream.Del(name)
-		}
+		upstream.Del(name)
 	}
 	for name, values := range upstream {
 		if !hopByHop[name] && !othersPolicies[name] {
@@ -841,6 +855,7 @@ type apiError struct {
 	message string
 	hint    string    // what to do about it; empty if the message says so
 	header  [2]string // that goes with it: "Retry-After", "10"
+	lasting bool      // another try would hardly heal it; so for every 4xx
 }
 
 func (e *apiError) Error() string { return withHint(e.message, e.hint) }
@@ -876,7 +891,7 @@ var (
 func (f *forwarder) noToken(failure *fetchError) *apiError {
 	pause := max(1, math.Ceil(failure.next.Sub(f.tokens.now()).Seconds()))
 	return &apiError{status: 503, code: "no_token",
-		message: "no token: " + failure.text, hint: failure.hint,
+		message: "no token: " + failure.text, hint: failure.hint, lasting: failure.lasting,
 		header: [2]string{"Retry-After", fmt.Sprint(pause)}}
 }
 
@@ -915,9 +930,10 @@ func (e *apiError) write(w http.ResponseWriter, body *requestBody) {
 		h.Set(e.header[0], e.header[1])
 	}
 	// The SDKs of OpenAI and Anthropic heed this header (shouldRetry in
-	// client.ts). Without it Claude Code repeats a request with a wrong key for
-	// minutes, and says nothing meanwhile.
-	if e.status < 500 {
+	// client.ts). Without it Claude Code repeats a request that has a wrong key,
+	// or for which there is no identity, for minutes, and says nothing
+	// meanwhile.
+	if e.status < 500 || e.lasting {
 		h.Set("X-Should-Retry", "false")
 	}
 	w.WriteHeader(e.status)
@@ -954,7 +970,7 @@ func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []
 		Error struct{ Code, Type, Param string }
 	}
 	json.Unmarshal(beginning, &answer) // what is no string is left out
-	text = fmt.Sprint("answered ", resp.StatusCode, " ", http.StatusText(resp.StatusCode))
+	text = fmt.Sprintf("answered %d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
 	addIfIdentifier := func(label, value string) {
 		if identifier.MatchString(value) {
 			text += label + value
@@ -966,7 +982,7 @@ func (f *forwarder) explain(req *http.Request, resp *http.Response, beginning []
 	addIfIdentifier("; apim-request-id ", resp.Header.Get("Apim-Request-Id"))
 
 	c := t.claims()
-	fill := strings.NewReplacer("{role}", roleFor(req.URL.Opaque),
+	fill := strings.NewReplacer("{role}", roleFor(req.Method+" "+req.URL.Opaque),
 		"{object}", c.Object, "{audience}", c.Audience)
 	return text, fill.Replace(hintFor(refusalCauses, resp.StatusCode, string(beginning)))
 }
@@ -1006,7 +1022,8 @@ var noAnswerCauses = []cause{
 // does not say why is taken for a role that is missing. In braces are the
 // token's claims, and the role for the path.
 var refusalCauses = []cause{
-	{0, "<html", "a web page answered, not the service: a proxy or firewall on the way?"},
+	{0, "<html", "a web page answered, not the service: check TARGET_URL; " +
+		"is a proxy or firewall on the way?"},
 	{0, "subdomain", "a regional endpoint takes no tokens: " +
 		"use the resource's own, https://NAME.openai.azure.com/openai/"},
 	{401, "missing subscription key", "the gateway wants a key of its own, " +
@@ -1019,7 +1036,8 @@ var refusalCauses = []cause{
 	{403, "", "a network rule or policy of the resource, or a gateway before it, refuses this"},
 	{404, "deploymentnotfound", "the resource has no deployment of this name: " +
 		"look it up there (a new one takes minutes to work)"},
-	{404, "resource not found", "there is no such path: " +
+	// This is the whole message for a wrong path. Others have these words, too.
+	{404, `"resource not found"`, "there is no such path: " +
 		"check TARGET_URL, and what the client asks for"},
 	{429, "", "too many requests or tokens for the deployment's quota"},
 }
@@ -1027,15 +1045,20 @@ var refusalCauses = []cause{
 const missingRole = "the identity with object id {object} lacks the role {role} on the resource " +
 	"(a new assignment takes minutes to work)"
 
-// roleFor is the role that lets an identity use what is under a path of a
-// resource ("Role-based access control for Azure OpenAI" and "for Microsoft
-// Foundry").
-func roleFor(path string) string {
+// roleFor is the role that lets an identity make a call, such as "POST
+// /openai/v1/files" ("Role-based access control for Azure OpenAI" and "for
+// Microsoft Foundry").
+func roleFor(call string) string {
 	switch {
-	case strings.Contains(path, "/api/projects/"):
-		return "Azure AI User"
-	case strings.Contains(path, "/anthropic/"), strings.HasPrefix(path, "/models/"):
+	case fineTuning.MatchString(call):
+		return "Cognitive Services OpenAI Contributor"
+	case strings.Contains(call, "/api/projects/"):
+		return "Foundry User" // "Azure AI User" until 2026
+	case strings.Contains(call, "/anthropic/"), strings.Contains(call, " /models/"):
 		return "Cognitive Services User"
 	}
 	return "Cognitive Services OpenAI User"
 }
+
+// fineTuning is a call for that, or one that uploads files for it.
+var fineTuning = regexp.MustCompile("/fine_tuning/|^POST .*/openai/(v1/)?(files|uploads)(/|$)")

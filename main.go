@@ -25,7 +25,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -35,6 +34,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -261,8 +261,8 @@ type listener struct{ net.Listener }
 
 func (l listener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		conn = &clientConn{TCPConn: tcp}
+	if err == nil {
+		conn = &clientConn{TCPConn: conn.(*net.TCPConn)}
 	}
 	return conn, err
 }
@@ -271,15 +271,16 @@ func (l listener) Accept() (net.Conn, error) {
 // TCPConn's; a tunnel, for one, needs its CloseWrite.
 type clientConn struct {
 	*net.TCPConn
-	hasRead atomic.Bool
+	hasRead bool
 }
 
 func (c *clientConn) Read(p []byte) (int, error) {
 	n, err := c.TCPConn.Read(p)
 	const handshake = 0x16 // of a TLS record (RFC 8446 §5.1); no method begins with it
-	if n > 0 && !c.hasRead.Swap(true) && p[0] == handshake {
+	if n > 0 && !c.hasRead && p[0] == handshake {
 		logger.Printf("client %s speaks TLS: give it http:// in its base URL", c.RemoteAddr())
 	}
+	c.hasRead = true
 	return n, err
 }
 
@@ -308,7 +309,7 @@ func newService(cfg *config) *service {
 		ReadHeaderTimeout:            15 * time.Second, // for clients that say nothing or dribble
 		ReadTimeout:                  0,                // an upload may take its time
 		WriteTimeout:                 0,                // so may a model
-		IdleTimeout:                  2 * time.Minute,  // between two requests of a connection
+		IdleTimeout:                  65 * time.Minute, // Envoy uses an idle connection for 60
 		MaxHeaderBytes:               64 << 10,         // not Go's 1 MiB; codex sends some KiB
 	}
 	return s
@@ -435,11 +436,9 @@ func (s *service) logStart(listeners []net.Listener) {
 // whoMayUseIt says who can speak with the identity through the proxy.
 func (c *config) whoMayUseIt() string {
 	switch {
-	case c.key != "" && c.host == "":
-		return "EXPECTED_KEY is set: whoever on this host has the key may use its identity " +
-			"(HOST=0.0.0.0 lets others in)"
 	case c.key != "":
-		return "EXPECTED_KEY is set: whoever has the key may use this host's identity"
+		return "EXPECTED_KEY is set: whoever has the key may use this host's identity, " +
+			"and from other hosts only if HOST lets them in (HOST=0.0.0.0)"
 	case c.host == "" || isLoopback(c.host):
 		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity"
 	}
@@ -488,48 +487,39 @@ func check(cfg *config, problem error, out io.Writer) error {
 		c.Audience, c.Tenant, c.Object, c.Client, t.expires.Format(time.RFC3339))
 
 	// Ask for something that only a right URL, token and role get: the list of
-	// models, by the v1 API if TARGET_URL names that, or else by the last dated
-	// version that is no preview. Claude has no such list, but refuses an empty
-	// JSON object as a message, with an error of its own. What is made here is
-	// a client's request, as far as upstreamRequest looks at it.
+	// models, by the v1 API if TARGET_URL names that or a project, or else by
+	// the last dated version that is no preview. Claude has no such list, but
+	// refuses an empty JSON object as a message, with an error of its own. What
+	// is made here is a client's request, as far as upstreamRequest looks at it.
 	r := &http.Request{Method: "GET", RequestURI: "/models?api-version=2024-10-21"}
-	isClaude := strings.Contains(cfg.target.base.Path, "/anthropic/")
+	fine := `^200 \{`
+	path := cfg.target.base.Path
 	switch {
-	case isClaude:
+	case strings.Contains(path, "/anthropic/"):
+		fine = `(?s)^400 .*invalid_request_error`
 		r = &http.Request{Method: "POST", RequestURI: "/messages", ContentLength: 2,
 			Header: http.Header{"Content-Type": {"application/json"},
 				"Anthropic-Version": {"2023-06-01"}}}
-	case strings.HasSuffix(cfg.target.base.Path, "/v1/"):
+	case strings.HasSuffix(path, "/v1/"), strings.Contains(path, "/api/projects/"):
 		r.RequestURI = "/models"
 	}
 	req := f.upstreamRequest(r, &requestBody{from: io.NopCloser(strings.NewReader("{}"))})
 	req.Header.Set("Authorization", t.authorization)
-	resp, err := roundTrip(f.transport, req.WithContext(ctx))
-	var body []byte
-	if err == nil {
-		defer resp.Body.Close()
-		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	}
+	resp, body, err := readAnswer(f.transport, req.WithContext(ctx))
 	if err != nil {
 		e := f.noAnswer(err)
 		return fail("upstream", e.message, e.hint, "")
 	}
-	if resp.TLS != nil {
-		ok("TLS", "%s, certificate of %s",
-			tls.VersionName(resp.TLS.Version), resp.TLS.PeerCertificates[0].Subject)
-	}
 	text, hint := f.explain(req, resp, body, t)
 	text = f.shownUpstream(req) + ": " + text
-	status, says := resp.StatusCode, string(body)
-	isModels := status == http.StatusOK && strings.HasPrefix(says, "{")
-	isRefusal := status == http.StatusBadRequest && strings.Contains(says, "invalid_request_error")
+	isFine, _ := regexp.MatchString(fine, fmt.Sprintf("%d %s", resp.StatusCode, body))
 	switch {
-	case !isClaude && isModels, isClaude && isRefusal:
+	case isFine:
 		ok("upstream", "%s", text)
-	case cfg.target.base.Path == "/models/" && status == http.StatusNotFound:
+	case path == "/models/" && resp.StatusCode == http.StatusNotFound:
 		ok("upstream", "%s, as Foundry's model inference has no list; the role is not shown", text)
 	default:
-		return fail("upstream", text, hint, says)
+		return fail("upstream", text, hint, string(body))
 	}
 	ok("clients", "base URL http://localhost:%s, with or without /v1, /openai or /anthropic; "+
 		"key: EXPECTED_KEY, or any text without one; model: the name of a deployment", cfg.port)
