@@ -492,10 +492,11 @@ var dated = regexp.MustCompile("(^|&)api-version=[0-9]")
 // /openai/v1/video/generations/jobs?api-version=2025-04-01-preview.
 //
 // Where TARGET_URL has no root, the request's path follows it as it is. Below a
-// Foundry project this is so for all but the v1 API's operations: agents and
-// toolboxes, for example, are of the project's own API. Both have files, but the
-// project's own API demands an api-version, and the v1 API has none (Foundry
-// REST reference, API versioning).
+// Foundry project only the v1 API's operations do not, and go to openai/v1/.
+// Agents and toolboxes, for example, are of the project's own API. Both have
+// files, but the project's own API demands an api-version, and the v1 API has
+// none (Foundry REST reference, API versioning): without a base segment v1, a
+// call with one is taken for the project's own.
 func (t *target) upstreamURL(requestURI string, h http.Header) *url.URL {
 	path, query, hasQuery := strings.Cut(requestURI, "?")
 	segments, call := splitPath(path)
@@ -507,6 +508,8 @@ func (t *target) upstreamURL(requestURI string, h http.Header) *url.URL {
 	case t.root == "", isProject && !operations[first],
 		isProject && !hasV1 && strings.Contains(query, "api-version="):
 		call = strings.TrimLeft(path, "/")
+	case isProject:
+		before += "openai/v1/"
 	case isClaudes(segments, first, h):
 		before = t.root + "anthropic/v1/"
 	case first == "deployments", isDated && !hasV1, isDated && operations[first]:
@@ -1050,10 +1053,10 @@ const missingRole = "the identity with object id {object} lacks the role {role} 
 // Microsoft Foundry").
 func roleFor(call string) string {
 	switch {
-	case fineTuning.MatchString(call):
-		return "Cognitive Services OpenAI Contributor"
 	case strings.Contains(call, "/api/projects/"):
 		return "Foundry User" // "Azure AI User" until 2026
+	case fineTuning.MatchString(call):
+		return "Cognitive Services OpenAI Contributor"
 	case strings.Contains(call, "/anthropic/"), strings.Contains(call, " /models/"):
 		return "Cognitive Services User"
 	}

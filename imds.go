@@ -583,8 +583,8 @@ func (e *endpoint) failure(isLasting bool, format string, args ...any) *fetchErr
 // its place, and of Entra ID, which numbers its errors ("Microsoft Entra
 // authentication and authorization error codes"). The status does not matter.
 var endpointCauses = []cause{
-	{0, "gave no answer", "does this host have it? IMDS is on Azure hosts only; elsewhere " +
-		"set AZURE_CLIENT_SECRET, and HTTPS_PROXY if Entra ID is behind a proxy"},
+	{0, "gave no answer", "does this host have it? IMDS is on Azure hosts only " +
+		"(README.md: a laptop is none); the way to Entra ID may need HTTPS_PROXY or SSL_CERT_FILE"},
 	{0, "identity not found", "assign a managed identity to this host, " +
 		"or correct AZURE_CLIENT_ID"},
 	{0, "multiple user assigned", "set AZURE_CLIENT_ID to the client id of one of them"},
@@ -597,14 +597,15 @@ var endpointCauses = []cause{
 }
 
 // refused is the failure for an answer other than 200. The answer's body says
-// what is wrong, and is shown, unless a token may be in there.
+// what is wrong, and is shown, unless a token may be in there, or a client
+// secret, which is short: Entra ID does not repeat the request, but a gateway in
+// its place might.
 func (e *endpoint) refused(resp *http.Response, body []byte) *fetchError {
 	status := resp.StatusCode
-	if status < 300 {
+	if status < 300 || strings.Contains(string(body), "client_secret") {
 		body = nil
 	}
-	isPassing := status >= 500 || status == http.StatusRequestTimeout ||
-		status == http.StatusTooManyRequests ||
+	isPassing := status >= 500 || status == http.StatusTooManyRequests ||
 		e.isIMDS && (status == http.StatusNotFound || status == http.StatusGone)
 	failure := e.failure(!isPassing, "answered %d: %s", status, body)
 	failure.retryAfter, _ = parseSeconds(resp.Header.Get("Retry-After"))

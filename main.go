@@ -208,8 +208,8 @@ func loadConfig(getenv func(string) string) (*config, error) {
 		return nil, err
 	}
 	// Elsewhere every user of the host can as a rule ask the endpoint as well.
-	// If its operator bars some from it, the port must have a key too: the log
-	// says who may use it.
+	// If its operator bars some from it, or from a client secret or token file,
+	// the port must have a key too: the log says who may use it.
 	if cfg.endpoint.keyDir != "" && cfg.key == "" {
 		return nil, errors.New("EXPECTED_KEY: not set, but Azure Arc gives tokens to root and " +
 			"the group himds alone; without a key every user of this host could use them")
@@ -437,14 +437,14 @@ func (s *service) logStart(listeners []net.Listener) {
 func (c *config) whoMayUseIt() string {
 	switch {
 	case c.key != "":
-		return "EXPECTED_KEY is set: whoever has the key may use this host's identity, " +
+		return "EXPECTED_KEY is set: whoever has the key may use the identity, " +
 			"and from other hosts only if HOST lets them in (HOST=0.0.0.0)"
 	case c.host == "" || isLoopback(c.host):
-		return "no EXPECTED_KEY: every user of this host, and nobody else, may use its identity"
+		return "no EXPECTED_KEY: every user of this host, and nobody else, may use the identity"
 	}
 	// It is no error: a gateway in front, or a network policy, may decide who
 	// may.
-	return "warning: no EXPECTED_KEY: whoever reaches this port may use this host's identity"
+	return "warning: no EXPECTED_KEY: whoever reaches this port may use the identity"
 }
 
 // check tries what the proxy needs, one step after the other, and says what is
@@ -468,8 +468,8 @@ func check(cfg *config, problem error, out io.Writer) error {
 	if problem != nil {
 		return fail("settings", problem.Error(), "", "")
 	}
-	ok("settings", "TARGET_URL is %s; to listen on port %s of %s, which is not tried; %s",
-		cfg.target.base, cfg.port, listenHosts(cfg.host), cfg.whoMayUseIt())
+	ok("settings", "TARGET_URL is %s; %s; whether the port is free is not tried",
+		cfg.target.base, cfg.whoMayUseIt())
 	ok("identity", "tokens for %s come from %s", cfg.scope, cfg.endpoint)
 
 	// Get a token, as the running program does.
