@@ -474,8 +474,8 @@ var dated = regexp.MustCompile("(^|&)api-version=[0-9]")
 
 // upstreamURL is where a request goes. That depends on its call, and hardly on
 // the base URL that the client was given, so that any of those is right. BASE
-// is TARGET_URL's path, and ROOT what precedes the API in it. The first row
-// that fits counts:
+// is TARGET_URL's path, and ROOT what precedes the API in it, or a project's
+// whole path. The first row that fits counts:
 //
 //	API       condition                                goes to
 //	Claude's                                           ROOT anthropic/v1/ CALL

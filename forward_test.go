@@ -1658,10 +1658,9 @@ func TestBrokenBodyIsTheClientsFault(t *testing.T) {
 // TestWithoutATokenTheClientIsToldWhy, and whether to try again: Claude Code is silent meanwhile.
 func TestWithoutATokenTheClientIsToldWhy(t *testing.T) {
 	for _, tt := range []struct {
-		name        string
-		reply       http.HandlerFunc
-		want, retry string
-		retryAfter  string
+		name                    string
+		reply                   http.HandlerFunc
+		want, retry, retryAfter string
 	}{
 		{"refused", answer(400, noIdentity), `\"Identity not found\"}; hint: assign a`, "false", "1"},
 		{"no usable token", answer(200, "{}"), "answered 200 without a usable", "false", "1"},

@@ -333,10 +333,12 @@ func (s *service) route(w http.ResponseWriter, r *http.Request) {
 	isProbe := (call == "" || path == "/healthz" || path == "/readyz") &&
 		(r.Method == http.MethodGet || r.Method == http.MethodHead) &&
 		r.ContentLength == 0 && r.URL.Host == ""
+	if !isProbe {
+		s.forwarder.ServeHTTP(w, r)
+		return
+	}
 	_, hasToken := s.tokens.current()
 	switch {
-	case !isProbe:
-		s.forwarder.ServeHTTP(w, r)
 	case path == "/readyz" && s.stopping.Load():
 		http.Error(w, "shutting down", http.StatusServiceUnavailable)
 	case path == "/readyz" && !hasToken:
