@@ -6,8 +6,10 @@ PLATFORMS = linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 wind
 run:
 	@if [ -f .env ]; then set -a; . ./.env; set +a; fi; echo 'go run .' && go run .
 
+# Ctrl-C is how the demo ends, and no error.
 demo:
-	go run ./demo
+	@echo 'go run ./demo     (builds first, which takes up to half a minute once)'
+	@trap 'exit 0' INT; go run ./demo
 
 # The race detector needs a C compiler.
 test:

@@ -101,7 +101,7 @@ func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 	case "POST v1 chat/completions", "POST deployment chat/completions":
 		kind, answer = "chat", func() { s.chat(w, &asked) }
 	case "POST v1 responses", "POST classic responses":
-		kind, answer = "chat", func() { s.responses(w, &asked) }
+		kind, answer = "responses", func() { s.responses(w, &asked) }
 	case "POST claude messages":
 		kind, answer = "claude", func() { s.messages(w, &asked) }
 	case "POST claude messages/count_tokens":
@@ -111,7 +111,7 @@ func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case answer == nil:
 		writeError(w, http.StatusNotFound, "404", "", "Resource not found")
-	case kind == "" || has == kind:
+	case kind == "" || isDeployed && strings.Contains(has, kind):
 		answer()
 	case isDeployed:
 		writeError(w, http.StatusBadRequest, "OperationNotSupported", "",
@@ -137,9 +137,10 @@ func split(path string) (api, call string) {
 	return "", ""
 }
 
-// deployments have the names of their models. The value is what they are for.
+// deployments have the names of their models. The value is what they are for, in
+// words.
 var deployments = map[string]string{
-	"gpt-4o": "chat", "gpt-5.1": "chat", "gpt-5-codex": "chat",
+	"gpt-4o": "chat responses", "gpt-5.1": "chat responses", "gpt-5-codex": "responses",
 	"text-embedding-3-small": "embeddings",
 	"claude-sonnet-4-5":      "claude", "claude-haiku-4-5": "claude",
 }

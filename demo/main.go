@@ -5,7 +5,10 @@
 //
 // It starts a stand-in for Azure on loopback ports, builds the real program,
 // starts it in front of the stand-in, has one chat through it, and prints lines
-// to paste into another terminal. The proxy's PORT and EXPECTED_KEY may be set.
+// to paste into another terminal. The proxy's PORT and EXPECTED_KEY may be set:
+//
+//	PORT=8082 EXPECTED_KEY=x make demo
+//
 // Ctrl-C ends it, and what it made is gone then. (go run passes no other signal
 // on: a kill has to go to the demo itself.)
 //
@@ -34,6 +37,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -53,13 +57,15 @@ func main() {
 	}
 }
 
+// identityHost is the variable that says where the identity endpoint is.
+const identityHost = "AZURE_POD_IDENTITY_AUTHORITY_HOST"
+
 // onceTime bounds -once, the build of the proxy included.
 const onceTime = 3 * time.Minute
 
 func run(ctx context.Context, once bool) error {
 	settings := map[string]string{
 		"PORT":            os.Getenv("PORT"),
-		"HOST":            "127.0.0.1",
 		"EXPECTED_KEY":    os.Getenv("EXPECTED_KEY"),
 		"AZURE_LOG_LEVEL": "debug",
 	}
@@ -80,9 +86,10 @@ func run(ctx context.Context, once bool) error {
 	if err != nil {
 		return err
 	}
-	settings["AZURE_POD_IDENTITY_AUTHORITY_HOST"] = identityURL
+	settings[identityHost] = identityURL
 	settings["TARGET_URL"] = resourceURL + "/openai/"
 
+	fmt.Println("Building the proxy. It starts in front of a stand-in for Azure. Its log:")
 	p, err := startProxy(ctx, settings)
 	if err != nil {
 		return err
@@ -95,14 +102,20 @@ func run(ctx context.Context, once bool) error {
 	if once {
 		return client.check(ctx)
 	}
-	if err := client.showChat(ctx); err != nil {
+	if err := p.showChat(ctx, client); err != nil {
 		return err
 	}
 	openCode, _ := json.Marshal(object{"provider": object{"azure": object{
 		"options": object{"baseURL": p.url, "apiKey": client.key},
 		"models":  object{"gpt-5.1": object{}}}}})
+	var environment []string
+	for _, name := range []string{"PORT", "EXPECTED_KEY", "TARGET_URL", identityHost} {
+		if settings[name] != "" {
+			environment = append(environment, name+"="+quoted(settings[name]))
+		}
+	}
 	fmt.Printf(pasteLines, p.url, quoted(client.key), quoted("api-key: "+client.key),
-		quoted(string(openCode)))
+		quoted(string(openCode)), strings.Join(environment, " "))
 	select {
 	case <-ctx.Done():
 		return nil
@@ -117,9 +130,14 @@ func quoted(text string) string {
 }
 
 // pasteLines are for other clients; 1 is the proxy's URL, 2 its key, 3 the header
-// with the key, and 4 the configuration of opencode.
+// with the key, 4 the configuration of opencode, and 5 the environment of the proxy.
 const pasteLines = `
-The proxy is up until Ctrl-C. Paste into another terminal:
+The proxy is up until Ctrl-C. Whatever you try, its log, here, is the place to look:
+most clients don't show why a request failed. Paste into another terminal:
+
+what -check says of the stand-in (in the checkout):
+    %[5]s \
+      go run . -check
 
 curl:
     curl -N %[1]s/v1/chat/completions -H %[3]s -H 'Content-Type: application/json' \
@@ -131,6 +149,9 @@ OpenAI SDK (npm install openai):
       const stream = await ai.chat.completions.create({ model: "gpt-4o", stream: true,
         messages: [{ role: "user", content: "Who are you?" }] });
       for await (const part of stream) process.stdout.write(part.choices[0]?.delta?.content ?? "");'
+
+The agents from here on run one harmless tool on this machine: they echo hello, or
+look at the folder that they are in.
 
 codex (npm install -g @openai/codex):
     AZURE_API_KEY=%[2]s codex exec --skip-git-repo-check -m gpt-5-codex -c model_provider=azure \
@@ -168,22 +189,24 @@ func serve(handler http.HandlerFunc) (url string, err error) {
 
 // proxy is the real program, as a process of its own.
 type proxy struct {
-	url   string // "http://127.0.0.1:8081"
+	url   string // "http://localhost:8081"
 	dir   string // holds the binary
 	cmd   *exec.Cmd
+	lines chan string   // of its log, as long as somebody waits for them
+	quiet sync.Mutex    // held while nothing of its log is to be shown
 	ended chan struct{} // closed when the process has ended
 }
 
-// startProxy builds the program and waits until it listens. Its log goes to
-// this program's standard error. It gets no environment but its settings and
-// what a system needs, so that no HTTPS_PROXY or identity of the user's comes
-// between.
+// startProxy builds the program and waits until it listens and has a token. Its
+// log goes to this program's standard error. It gets no environment but its
+// settings and what a system needs, so that no HTTPS_PROXY or identity of the
+// user's comes between.
 func startProxy(ctx context.Context, settings map[string]string) (*proxy, error) {
 	dir, err := os.MkdirTemp("", "aoai-proxy-demo")
 	if err != nil {
 		return nil, err
 	}
-	p := &proxy{dir: dir, ended: make(chan struct{})}
+	p := &proxy{dir: dir, lines: make(chan string, 100), ended: make(chan struct{})}
 	binary := filepath.Join(dir, "aoai-proxy")
 	if runtime.GOOS == "windows" {
 		binary += ".exe"
@@ -210,33 +233,65 @@ func startProxy(ctx context.Context, settings map[string]string) (*proxy, error)
 		return nil, fmt.Errorf("starting the proxy: %w", err)
 	}
 
-	addr := make(chan string, 1)
-	go p.follow(stderr, addr)
-	select {
-	case found := <-addr:
-		p.url = "http://" + found
-		return p, nil
-	case <-p.ended:
-		p.stop()
-		return nil, errors.New("the proxy did not start; its log says why")
-	case <-ctx.Done():
-		p.stop()
-		return nil, errors.New("the proxy does not listen")
+	go p.follow(stderr)
+	line, err := p.waitFor(ctx, " proxy listening on ")
+	if err == nil {
+		_, listening, _ := strings.Cut(line, " proxy listening on ")
+		addr, _, _ := strings.Cut(listening, " ")
+		_, port, _ := net.SplitHostPort(addr)
+		p.url = "http://localhost:" + port
+		_, err = p.waitFor(ctx, " token ready: ")
 	}
+	if err != nil {
+		p.stop()
+		return nil, err
+	}
+	return p, nil
 }
 
-// follow copies the proxy's log to standard error, and finds in it the address
-// on which the proxy listens.
-func (p *proxy) follow(log io.Reader, addr chan<- string) {
+// follow copies the proxy's log to standard error.
+func (p *proxy) follow(log io.Reader) {
 	for lines := bufio.NewScanner(log); lines.Scan(); {
+		p.quiet.Lock()
 		fmt.Fprintln(os.Stderr, lines.Text())
-		if _, rest, ok := strings.Cut(lines.Text(), " proxy listening on "); ok {
-			found, _, _ := strings.Cut(rest, " ")
-			addr <- found // the only one, as HOST is set
+		p.quiet.Unlock()
+		select {
+		case p.lines <- lines.Text():
+		default: // nobody waits for any more
 		}
 	}
 	p.cmd.Wait()
 	close(p.ended)
+}
+
+// waitFor is the next line of the log that contains text.
+func (p *proxy) waitFor(ctx context.Context, text string) (string, error) {
+	for {
+		select {
+		case line := <-p.lines:
+			if strings.Contains(line, text) {
+				return line, nil
+			}
+		case <-p.ended:
+			return "", errors.New("the proxy has ended; its log says why")
+		case <-ctx.Done():
+			return "", fmt.Errorf("the proxy's log has no line with %q", text)
+		}
+	}
+}
+
+// showChat prints an answer word by word as it arrives, and what the log says of
+// it afterwards.
+func (p *proxy) showChat(ctx context.Context, c *client) error {
+	fmt.Print("\nAn answer, word by word as it arrives:\n\n    ")
+	p.quiet.Lock()
+	err := c.chat(ctx, "/v1/chat/completions", func(word string) { fmt.Print(word) })
+	fmt.Print("\n\nThe log of it (AZURE_LOG_LEVEL=debug adds the second line):\n\n")
+	p.quiet.Unlock()
+	if err == nil {
+		_, err = p.waitFor(ctx, " after ")
+	}
+	return err
 }
 
 // stop ends the proxy at once, and removes it.
@@ -248,7 +303,7 @@ func (p *proxy) stop() {
 
 // client speaks to the proxy as an SDK would.
 type client struct {
-	base string // "http://127.0.0.1:8081"
+	base string // "http://localhost:8081"
 	key  string
 }
 
@@ -265,15 +320,6 @@ func (c *client) post(ctx context.Context, path, body string) (*http.Response, e
 	}
 	// This transport uses no proxy of the environment.
 	return (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-}
-
-// showChat prints an answer word by word as it arrives.
-func (c *client) showChat(ctx context.Context) error {
-	fmt.Print("\nThe stand-in's answer, word by word as it arrives:\n\n    ")
-	err := c.chat(ctx, "/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
-		func(word string) { fmt.Print(word) })
-	fmt.Println()
-	return err
 }
 
 // chat streams one chat completion, and calls onText with each piece of it. All of
@@ -347,6 +393,8 @@ var checks = []struct {
 	{"classic chat without a deployment", "/chat/completions?api-version=2024-10-21",
 		`{"model":"gpt-4o"}`, 404, "Resource not found"},
 	{"GPT at Claude's path", "/v1/messages", `{"model":"gpt-4o"}`, 400, "OperationNotSupported"},
+	{"chat with a model for responses", "/v1/chat/completions", `{"model":"gpt-5-codex"}`,
+		400, "OperationNotSupported"},
 	{"model that is not deployed", "/v1/responses", `{"model":"gpt-6"}`, 404, "DeploymentNotFound"},
 	{"max_tokens with gpt-5", "/v1/chat/completions", `{"model":"gpt-5.1","max_tokens":1}`,
 		400, `"param":"max_tokens"`},
