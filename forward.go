@@ -405,7 +405,7 @@ type target struct {
 var rootPath = regexp.MustCompile("^(.*/api/projects/[^/]+/)$|^(/|/.*/)(openai|anthropic)/(v1/)?$")
 
 const wantTarget = "want a base URL such as https://my-aoai.openai.azure.com/openai/ " +
-	"(one is enough now for both of its APIs)"
+	"(one is enough for both of its APIs)"
 
 // parseTarget parses TARGET_URL. A value that is refused may hold a key, in a
 // query for one, so the errors show no more of it than scheme and host. One
@@ -1041,7 +1041,7 @@ var refusalCauses = []cause{
 		"look it up there (a new one takes minutes to work)"},
 	// This is the whole message for a wrong path. Others have these words, too.
 	{404, `"resource not found"`, "there is no such path: " +
-		"check TARGET_URL, and what the client asks for"},
+		"check TARGET_URL, and the call and its api-version"},
 	{429, "", "too many requests or tokens for the deployment's quota"},
 }
 

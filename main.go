@@ -66,7 +66,7 @@ Settings are environment variables. An empty one counts as not set.
                       identity; with AZURE_TENANT_ID and AZURE_CLIENT_ID
   DRAIN_DELAY         how long to go on accepting after SIGTERM, such as 10s, until
                       a balancer has seen that /readyz says 503; 0 by default
-  AZURE_LOG_LEVEL     debug adds a line per answer and per token
+  AZURE_LOG_LEVEL     debug adds a line per answer and per renewed token
 
 Set by the platform, or by who runs the host:
 

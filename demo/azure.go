@@ -113,6 +113,9 @@ func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusNotFound, "404", "", "Resource not found")
 	case kind == "" || isDeployed && strings.Contains(has, kind):
 		answer()
+	case kind == "claude" && asked.Model == "": // as -check asks
+		writeJSON(w, http.StatusBadRequest, object{"type": "error", "error": object{
+			"type": "invalid_request_error", "message": "model: Field required"}})
 	case isDeployed:
 		writeError(w, http.StatusBadRequest, "OperationNotSupported", "",
 			"The operation does not work with the specified model, "+asked.Model+".")

@@ -395,6 +395,7 @@ var checks = []struct {
 	{"GPT at Claude's path", "/v1/messages", `{"model":"gpt-4o"}`, 400, "OperationNotSupported"},
 	{"chat with a model for responses", "/v1/chat/completions", `{"model":"gpt-5-codex"}`,
 		400, "OperationNotSupported"},
+	{"message without a model", "/v1/messages", `{}`, 400, "invalid_request_error"},
 	{"model that is not deployed", "/v1/responses", `{"model":"gpt-6"}`, 404, "DeploymentNotFound"},
 	{"max_tokens with gpt-5", "/v1/chat/completions", `{"model":"gpt-5.1","max_tokens":1}`,
 		400, `"param":"max_tokens"`},
