@@ -317,11 +317,11 @@ func mayBeWebPage(r *http.Request) bool {
 	}
 
 	// The GET of a page, an image's for one, has no Origin, but since 2023
-	// every browser sends Sec-Fetch-Site (W3C "Fetch Metadata Request
-	// Headers"). It is "none" if the user has entered the address, and
-	// "same-site" for a page from another port of this host, which is refused.
-	// An older browser does not send the header, and its pages from this host
-	// are not noticed.
+	// every browser sends Sec-Fetch-Site to a loopback host, and to others over
+	// TLS alone (W3C "Fetch Metadata Request Headers"). It is "none" if the user
+	// has entered the address, and "same-site" for a page from another port of
+	// this host, which is refused. An older browser does not send the header,
+	// and its pages from this host are not noticed.
 	site := r.Header.Get("Sec-Fetch-Site")
 	return site != "" && site != "same-origin" && site != "none"
 }
