@@ -111,7 +111,7 @@ func (s *standIn) resource(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case answer == nil:
 		writeError(w, http.StatusNotFound, "404", "", "Resource not found")
-	case kind == "" || isDeployed && strings.Contains(has, kind):
+	case kind == "" || strings.Contains(has, kind):
 		answer()
 	case kind == "claude" && asked.Model == "": // as -check asks
 		writeJSON(w, http.StatusBadRequest, object{"type": "error", "error": object{

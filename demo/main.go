@@ -192,7 +192,7 @@ type proxy struct {
 	url   string // "http://localhost:8081"
 	dir   string // holds the binary
 	cmd   *exec.Cmd
-	lines chan string   // of its log, as long as somebody waits for them
+	lines chan string   // of its log, for waitFor
 	quiet sync.Mutex    // held while nothing of its log is to be shown
 	ended chan struct{} // closed when the process has ended
 }
@@ -234,11 +234,11 @@ func startProxy(ctx context.Context, settings map[string]string) (*proxy, error)
 	}
 
 	go p.follow(stderr)
-	line, err := p.waitFor(ctx, " proxy listening on ")
+	const listening = " proxy listening on 127.0.0.1:"
+	line, err := p.waitFor(ctx, listening)
 	if err == nil {
-		_, listening, _ := strings.Cut(line, " proxy listening on ")
-		addr, _, _ := strings.Cut(listening, " ")
-		_, port, _ := net.SplitHostPort(addr)
+		_, rest, _ := strings.Cut(line, listening)
+		port, _, _ := strings.Cut(rest, " ")
 		p.url = "http://localhost:" + port
 		_, err = p.waitFor(ctx, " token ready: ")
 	}
@@ -257,7 +257,7 @@ func (p *proxy) follow(log io.Reader) {
 		p.quiet.Unlock()
 		select {
 		case p.lines <- lines.Text():
-		default: // nobody waits for any more
+		default: // it is full: nobody waits for its lines any more
 		}
 	}
 	p.cmd.Wait()
